@@ -1,0 +1,1 @@
+"""Exact lattice arithmetic: parameter sets, ring products, samplers, hardness estimates."""

@@ -1,0 +1,57 @@
+"""Randomness, secret and public. Nothing else under ``lattice`` and ``private`` may make any.
+
+Secret bytes are a ChaCha20 expansion of a key that the operating system hands out anew for every call, so there is no
+generator state that a fork, a copy or a crash could make repeat. Public words are a SHAKE256 expansion of published
+values: both sides compute them, neither takes them from the wire.
+"""
+
+import hashlib
+import os
+
+import numpy as np
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
+from numpy.typing import NDArray
+
+_DOMAIN = b"splitveil public randomness 1"
+
+
+def secret_bytes(count: int) -> NDArray[np.uint8]:
+    """``count`` fresh secret bytes, as a writable array of shape (count,)."""
+    out = np.zeros(count, dtype=np.uint8)
+    Cipher(ChaCha20(os.urandom(32), bytes(16)), mode=None).encryptor().update_into(out.data, out.data)
+    return out
+
+
+def secret_words(count: int) -> NDArray[np.uint64]:
+    """``count`` fresh secret 64-bit words."""
+    return secret_bytes(8 * count).view(np.uint64)
+
+
+def secret_uniforms(count: int) -> NDArray[np.float64]:
+    """``count`` secret reals, uniform on the odd multiples of 2^-54 in (0, 1): never 0, never 1."""
+    return ((secret_words(count) >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+
+
+def secret_normals(count: int) -> NDArray[np.float64]:
+    """``count`` secret standard normals (Box–Muller)."""
+    pairs = -(-count // 2)
+    u = secret_uniforms(2 * pairs)
+    radius = np.sqrt(-2.0 * np.log(u[:pairs]))
+    angle = 2.0 * np.pi * u[pairs:]
+    return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
+
+
+def public_element(publication: bytes, seed: bytes, width: int, index: int, degree: int) -> NDArray[np.uint32]:
+    """One public ring element, uniform in Z_{2^32}^degree, the same on every machine.
+
+    ``publication`` is the 16-byte publication id, ``seed`` its 32-byte seed, ``width`` the number of inputs d that the
+    element serves, ``index`` its place among that width's elements (the pad's element has the last index).
+    """
+    if len(publication) != 16 or len(seed) != 32:
+        raise ValueError(
+            f"a publication id of 16 bytes and a seed of 32 are needed, got {len(publication)}, {len(seed)}"
+        )
+    numbers = b"".join(value.to_bytes(4, "little") for value in (width, index, degree, 32))
+    stream = hashlib.shake_256(_DOMAIN + publication + numbers + seed).digest(4 * degree)
+    return np.frombuffer(stream, dtype="<u4").astype(np.uint32)

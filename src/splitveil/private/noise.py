@@ -1,0 +1,35 @@
+"""Fresh noise for every answer, drawn in blocks ahead of time so that an answer does not wait for a sampler."""
+
+import os
+import threading
+
+import numpy as np
+from numpy.typing import NDArray
+
+from splitveil.lattice.sampling import discrete_gaussian
+
+BLOCK = 4096
+
+
+class AnswerNoise:
+    """Discrete Gaussians of one σ_g, handed out once each.
+
+    Safe for several threads. After a fork the child draws anew, so that two processes never share a value.
+    """
+
+    def __init__(self, sigma: float) -> None:
+        self._sigma = sigma
+        self._lock = threading.Lock()
+        self._values: NDArray[np.uint32] = np.empty(0, dtype=np.uint32)
+        self._process = os.getpid()
+
+    def take(self, rows: int, width: int) -> NDArray[np.uint32]:
+        """(rows, width) noise values mod 2^32, none of which was or will be handed out again."""
+        count = rows * width
+        with self._lock:
+            if self._process != os.getpid() or len(self._values) < count:
+                fresh = discrete_gaussian(max(BLOCK, count), self._sigma)
+                self._values = (fresh & 0xFFFFFFFF).astype(np.uint32)
+                self._process = os.getpid()
+            taken, self._values = self._values[:count], self._values[count:]
+        return taken.reshape(rows, width).copy()

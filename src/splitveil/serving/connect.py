@@ -1,0 +1,113 @@
+"""``connect`` and ``disconnect``: a base model that answers with a private adapter, and back."""
+
+import weakref
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from torch import nn
+
+from splitveil.errors import BaseModelError, ConfigurationError
+from splitveil.private.layer import public_half
+from splitveil.private.published import Publication
+from splitveil.serving.cache import PublicationCache
+from splitveil.serving.hooks import Adapted, Adapter
+from splitveil.serving.pool import DEFAULT_BYTES
+from splitveil.serving.server import require_loopback, split_address
+from splitveil.serving.session import Session
+
+Model = TypeVar("Model", bound=nn.Module)
+_connected: "weakref.WeakKeyDictionary[nn.Module, Adapter]" = weakref.WeakKeyDictionary()
+
+
+def connect(
+    base_model: Model,
+    address: str,
+    adapter: str,
+    *,
+    api_key: str | None = None,
+    tls: Any = None,
+    pool_bytes: int = DEFAULT_BYTES,
+    cache: PublicationCache | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    allow_insecure: bool = False,
+) -> Model:
+    """Attaches a private adapter, served at ``address`` ("host:port"), to a local base model, and returns that model.
+
+    The model's weights, modules and state-dict keys stay as they are: the private part comes in through hooks, and
+    ``generate()`` works as before, without consuming torch's random state. What leaves this machine is encrypted
+    rows; what stays visible to the server is how many, and when (SECURITY.md).
+
+    ``pool_bytes`` bounds the masks prepared ahead of time, ``cache`` is where publications are kept (by default in the
+    user's cache folder), ``progress(done, total)`` is called while a publication is downloaded.
+
+    Raises ``ConnectionFailedError``, ``UnknownAdapterError``, ``BaseModelError`` if the adapter is for another base,
+    ``ConfigurationError`` if the model is connected already.
+    """
+    if api_key is not None or tls is not None:
+        raise ConfigurationError("API keys and TLS are not available in this version; serve and connect on loopback")
+    require_loopback(split_address(address)[0], "connect beyond loopback")
+    if base_model in _connected:
+        raise ConfigurationError("this model is connected already; call splitveil.disconnect(model) first")
+    session = Session(
+        address, adapter, cache=cache or PublicationCache(), progress=progress, allow_insecure=allow_insecure
+    )
+    try:
+        modules = locate(base_model, session.publication)
+        half = public_half(session.publication)
+        _connected[base_model] = Adapter(base_model, modules, half, session, pool_bytes=pool_bytes)
+    except BaseException:
+        session.close()
+        raise
+    return base_model
+
+
+def disconnect(model: nn.Module) -> None:
+    """Takes the private adapter off: the model is as it was before ``connect``. Does nothing to other models."""
+    adapter = _connected.pop(model, None)
+    if adapter is not None:
+        adapter.remove()
+
+
+def connection(model: nn.Module) -> Adapter:
+    """The hooks and the session of a connected model. Raises ``ConfigurationError`` if it is not connected."""
+    adapter = _connected.get(model)
+    if adapter is None:
+        raise ConfigurationError("this model is not connected; call splitveil.connect first")
+    return adapter
+
+
+def locate(model: nn.Module, publication: Publication) -> list[Adapted]:
+    """The base model's modules that the publication adapts. Raises ``BaseModelError`` naming what does not fit."""
+    found = []
+    for index, layer in enumerate(publication.layers):
+        first = 0
+        for name, features in layer.outputs:
+            try:
+                module = model.get_submodule(name)
+            except AttributeError:
+                raise BaseModelError(
+                    f"the base model has no module {name}; the adapter is for another base model"
+                ) from None
+            shape = features_of(module)
+            if shape is None:
+                raise BaseModelError(f"{name} is a {type(module).__name__}, not a linear module")
+            if shape != (layer.width, features):
+                raise BaseModelError(
+                    f"{name} maps {shape[0]} to {shape[1]} features, the adapter {layer.width} to {features}; "
+                    "it is for another base model"
+                )
+            found.append(Adapted(name, module, index, first, features))
+            first += features
+    return found
+
+
+def features_of(module: nn.Module) -> tuple[int, int] | None:
+    """(inputs, outputs) of a linear module of any make, or None.
+
+    Linear layers of torch and of quantisation libraries say ``in_features``; GPT-2's Conv1D says ``nx`` and ``nf``.
+    """
+    for inputs, outputs in (("in_features", "out_features"), ("nx", "nf")):
+        shape = getattr(module, inputs, None), getattr(module, outputs, None)
+        if isinstance(shape[0], int) and isinstance(shape[1], int):
+            return shape[0], shape[1]
+    return None

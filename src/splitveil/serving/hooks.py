@@ -1,0 +1,243 @@
+"""The private part of every adapted module, added by forward hooks: the model itself is not changed.
+
+pre-hook   the module's input leaves as an encrypted query (one for all modules of a site)
+forward    the module computes its base product while the query is under way
+hook       the answer is recovered and added, in float32, before rounding to the base's dtype (as PEFT does)
+"""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from splitveil.errors import BaseModelError, ConfigurationError
+from splitveil.private.engine import Pending, PublicHalf, Site
+from splitveil.serving.pool import MaskPool
+from splitveil.serving.session import Session
+from splitveil.serving.sites import Seen, SiteLearner
+
+F32 = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """One adapted module: where it is, which published layer serves it, and its rows of Q."""
+
+    name: str
+    module: nn.Module
+    layer: int
+    first: int
+    """First row of the module's part of the layer's Q."""
+    features: int
+
+
+@dataclass
+class _Flight:
+    """One query under way, for one or several modules that read ``seen``."""
+
+    seen: Seen
+    copy: F32
+    """The rows as they were sent, to compare with where a tensor keeps no version."""
+    members: set[str]
+    """Modules that have not taken their part yet."""
+    layers: tuple[int, ...]
+    site: Site
+    parts: list[tuple[int, Pending]]
+    """(number of the query, what recovery needs), for each message that the rows were cut into."""
+    cores: dict[int, torch.Tensor] | None = None
+    """layer → (rows, rank), once the answers are in."""
+
+
+@dataclass
+class _PerThread:
+    """A forward pass belongs to one thread; so do its queries."""
+
+    flights: list[_Flight] = field(default_factory=list)
+    learner: SiteLearner | None = None
+
+
+class Adapter:
+    """All hooks of one connected model."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        modules: Sequence[Adapted],
+        half: PublicHalf,
+        session: Session,
+        *,
+        pool_bytes: int,
+    ) -> None:
+        self.session = session
+        self._half = half
+        self._modules = {m.name: m for m in modules}
+        self._pool_bytes = pool_bytes
+        self._sites: dict[tuple[int, ...], Site] = {}
+        self._group_of: dict[str, tuple[str, ...]] = {}
+        self._fused: dict[tuple[str, torch.device], torch.Tensor] = {}
+        self._local = threading.local()
+        self._learning = threading.Lock()
+        self.pool: MaskPool | None = None
+        self._handles = [
+            model.register_forward_pre_hook(self._begin),
+            model.register_forward_hook(self._end, always_call=True),
+        ]
+        for m in modules:
+            self._handles.append(m.module.register_forward_pre_hook(self._send_for(m), with_kwargs=True))
+            self._handles.append(m.module.register_forward_hook(self._add_for(m), with_kwargs=True))
+
+    def remove(self) -> None:
+        """Takes all hooks off, stops the mask pool and ends the session; the model is as it was."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if self.pool is not None:
+            self.pool.close()
+        self.session.close()
+
+    @property
+    def groups(self) -> list[tuple[str, ...]]:
+        """The sites learned so far: modules that share one query."""
+        return list(dict.fromkeys(self._group_of.values()))
+
+    # -- the model's own hooks ---------------------------------------------------------------------------------------
+
+    def _state(self) -> _PerThread:
+        if not hasattr(self._local, "state"):
+            self._local.state = _PerThread()
+        state: _PerThread = self._local.state
+        return state
+
+    def _begin(self, model: nn.Module, _: Any) -> None:
+        state = self._state()
+        self._drop(state)
+        if not self._group_of:
+            state.learner = SiteLearner()
+
+    def _end(self, model: nn.Module, _: Any, output: Any) -> None:
+        state = self._state()
+        self._drop(state)
+        learner, state.learner = state.learner, None
+        # `output` is None when the forward pass itself failed: its own error is the one to be seen.
+        if learner is None or output is None:
+            return
+        missing = self._modules.keys() - learner.seen
+        if missing:
+            some = ", ".join(sorted(missing)[:3])
+            raise BaseModelError(
+                f"{len(missing)} of {len(self._modules)} adapted modules were not called in a forward pass ({some}, …), "
+                "so the adapter has no effect there; this base model fuses or replaces them and cannot be served privately"
+            )
+        with self._learning:
+            if not self._group_of:
+                self._group_of = {name: group for group in learner.groups() for name in group}
+                sites = [self._site(self._layers(group)) for group in learner.groups()]
+                self.pool = MaskPool(sites, self._pool_bytes)
+
+    def _drop(self, state: _PerThread) -> None:
+        """Forgets queries whose answers nobody fetched: an interrupted pass, or a module that was skipped."""
+        for flight in state.flights:
+            for seq, _ in flight.parts if flight.cores is None else []:
+                self.session.abandon(seq)
+        state.flights.clear()
+
+    # -- an adapted module's hooks -----------------------------------------------------------------------------------
+
+    def _send_for(self, m: Adapted) -> Any:
+        def send(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if module.training:
+                raise ConfigurationError("a private adapter serves inference only; call model.eval() first")
+            x = args[0] if args else next(iter(kwargs.values()))
+            state = self._state()
+            if state.learner is not None:
+                state.learner.saw(m.name, x)
+            if self._flight(state, m, x) is None:
+                state.flights.append(self._send(m, x))
+
+        return send
+
+    def _add_for(self, m: Adapted) -> Any:
+        def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
+            x = args[0] if args else next(iter(kwargs.values()))
+            state = self._state()
+            flight = self._flight(state, m, x)
+            if flight is None:
+                raise ConfigurationError(f"the input of {m.name} changed while the module was running")
+            flight.members.discard(m.name)
+            if not flight.members:
+                state.flights.remove(flight)
+            core = self._receive(flight)[m.layer].to(output.device)
+            flat = output.detach().reshape(-1, output.shape[-1]).float()
+            rows = self._rows_of_q(m, output.device)
+            total = flat + core if rows is None else torch.addmm(flat, core, rows)
+            return total.to(output.dtype).reshape(output.shape)
+
+        return add
+
+    def _flight(self, state: _PerThread, m: Adapted, x: torch.Tensor) -> _Flight | None:
+        """The query under way that serves module ``m`` for input ``x``, if there is one."""
+        for flight in state.flights:
+            if m.name in flight.members and flight.seen.tensor is x:
+                if flight.seen.is_now(x):
+                    return flight
+                if x.is_inference() and np.array_equal(_rows(x), flight.copy, equal_nan=True):
+                    return flight
+        return None
+
+    def _send(self, m: Adapted, x: torch.Tensor) -> _Flight:
+        members = self._group_of.get(m.name, (m.name,))
+        layers = self._layers(members)
+        site = self._site(layers)
+        rows = _rows(x)
+        if rows.shape[1] != site.width:
+            raise BaseModelError(f"{m.name} received {rows.shape[1]} features, the adapter expects {site.width}")
+        parts = []
+        limit = self.session.welcome.max_rows
+        for first in range(0, len(rows), limit):
+            part = rows[first : first + limit]
+            masks = site.make_masks(len(part)) if self.pool is None else self.pool.take(site, len(part))
+            data, pending = site.query(part, masks)
+            parts.append((self.session.submit(layers, len(part), data), pending))
+        return _Flight(Seen.of(x), rows, set(members), layers, site, parts)
+
+    def _receive(self, flight: _Flight) -> dict[int, torch.Tensor]:
+        if flight.cores is None:
+            answers = [flight.site.recover(pending, self.session.result(seq)) for seq, pending in flight.parts]
+            flight.cores = {
+                layer: torch.from_numpy(
+                    np.concatenate([answer[i] for answer in answers]) if len(answers) > 1 else answers[0][i]
+                )
+                for i, layer in enumerate(flight.layers)
+            }
+        return flight.cores
+
+    def _layers(self, names: Sequence[str]) -> tuple[int, ...]:
+        """The published layers that serve these modules, each once."""
+        return tuple(dict.fromkeys(self._modules[name].layer for name in names))
+
+    def _site(self, layers: tuple[int, ...]) -> Site:
+        if layers not in self._sites:
+            self._sites[layers] = self._half.site(layers)
+        return self._sites[layers]
+
+    def _rows_of_q(self, m: Adapted, device: torch.device) -> torch.Tensor | None:
+        """Qᵀ of one module, (rank, features) float32 on ``device``; None for the identity."""
+        q = self._half.publication.layers[m.layer].Q
+        if q is None:
+            return None
+        key = (m.name, device)
+        if key not in self._fused:
+            part = torch.from_numpy(q[m.first : m.first + m.features])
+            self._fused[key] = part.T.contiguous().to(device)
+        return self._fused[key]
+
+
+def _rows(x: torch.Tensor) -> F32:
+    """All rows of a module's input as float32 on the CPU, (rows, features), in memory of their own."""
+    flat = x.detach().reshape(-1, x.shape[-1])
+    return flat.to(device="cpu", dtype=torch.float32, copy=True).contiguous().numpy()

@@ -1,0 +1,183 @@
+"""The vendor's server: one gRPC stream a session, several adapters and several clients at once."""
+
+import ipaddress
+import logging
+import socket
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import Any
+
+import grpc
+
+from splitveil.errors import ConfigurationError, ProtocolError, RefusedError
+from splitveil.serving.gate import Gate, Open
+from splitveil.serving.publishing import ServedAdapter
+from splitveil.wire import codec
+
+log = logging.getLogger(__name__)
+
+HELLO_SECONDS = 20.0
+DEFAULT_SESSIONS = 32
+ANONYMOUS = "anonymous"
+
+
+class Server:
+    """Serves adapters until closed; a context manager. ``address`` says where, with the port that was bound.
+
+    Raises ``ConfigurationError`` for an address that is malformed, taken, or not a loopback address: queries reveal
+    nothing, but without TLS anyone on the way could answer in the server's stead.
+    """
+
+    def __init__(
+        self,
+        adapters: Mapping[str, ServedAdapter],
+        listen: str = "127.0.0.1:7433",
+        *,
+        gate: Gate | None = None,
+        sessions: int = DEFAULT_SESSIONS,
+        on_query: Callable[[str, codec.Query], None] | None = None,
+    ) -> None:
+        host, port = split_address(listen)
+        require_loopback(host, "listen beyond loopback")
+        if not adapters:
+            raise ConfigurationError("a server needs at least one adapter: --adapter NAME=DIR")
+        self._service = _Service(adapters, gate or Open(), on_query)
+        self._server = grpc.server(
+            ThreadPoolExecutor(sessions, thread_name_prefix="splitveil-session"),
+            handlers=[self._service],
+            maximum_concurrent_rpcs=sessions,
+            options=[*codec.GRPC_OPTIONS, ("grpc.so_reuseport", 0)],
+        )
+        try:
+            bound = self._server.add_insecure_port(f"{host}:{port}")
+        except RuntimeError:
+            raise ConfigurationError(f"cannot listen on {listen}: is the port taken?") from None
+        self.address = f"{host}:{bound}"
+        self._server.start()
+
+    def wait(self) -> None:
+        """Blocks until the server is closed."""
+        self._server.wait_for_termination()
+
+    def close(self) -> None:
+        """Ends all sessions and stops listening."""
+        self._server.stop(grace=0.5).wait()
+
+    def __enter__(self) -> "Server":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _Service(grpc.GenericRpcHandler):
+    """The single method of the service, with bytes in and out: decoding, and its limits, are the codec's."""
+
+    def __init__(
+        self,
+        adapters: Mapping[str, ServedAdapter],
+        gate: Gate,
+        on_query: Callable[[str, codec.Query], None] | None,
+    ) -> None:
+        self._adapters = dict(adapters)
+        self._gate = gate
+        self._on_query = on_query
+
+    def service(self, details: Any) -> Any:
+        """gRPC's hook: the handler of a method name, or None."""
+        return grpc.stream_stream_rpc_method_handler(self._session) if details.method == codec.METHOD else None
+
+    def _session(self, requests: Iterator[bytes], context: Any) -> Iterator[bytes]:
+        # A client that connects and says nothing may not occupy a session for ever.
+        impatience = threading.Timer(HELLO_SECONDS, context.cancel)
+        impatience.daemon = True
+        impatience.start()
+        try:
+            first = next(requests, None)
+            impatience.cancel()
+            if first is not None:
+                yield from self._serve(codec.decode_client(first), requests)
+        except _Rejected as rejected:
+            context.abort(rejected.status, str(rejected))
+        except ProtocolError as error:
+            log.warning("session ended: %s", error)
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        finally:
+            impatience.cancel()
+
+    def _serve(self, hello: codec.Hello | codec.Query, requests: Iterator[bytes]) -> Iterator[bytes]:
+        adapter = self._admit(hello)
+        name = hello.adapter if isinstance(hello, codec.Hello) else ""
+        size = len(adapter.published)
+        yield codec.encode_server(codec.Welcome(codec.VERSION, adapter.digest, size, adapter.max_rows))
+        if isinstance(hello, codec.Hello) and hello.have_digest != adapter.digest:
+            for offset in range(0, size, codec.CHUNK):
+                yield codec.encode_server(codec.Chunk(offset, adapter.published[offset : offset + codec.CHUNK]))
+        for seq, raw in enumerate(requests, start=1):
+            query = codec.decode_client(raw)
+            if not isinstance(query, codec.Query) or query.seq != seq:
+                raise ProtocolError(f"query number {seq} was expected")
+            if self._on_query is not None:
+                self._on_query(name, query)
+            yield codec.encode_server(self._reply(name, adapter, query))
+
+    def _admit(self, hello: codec.Hello | codec.Query) -> ServedAdapter:
+        """The adapter that the client asks for. Raises ``ProtocolError`` or ``_Rejected``."""
+        if not isinstance(hello, codec.Hello):
+            raise ProtocolError("a session begins with Hello")
+        if hello.version != codec.VERSION:
+            raise _Rejected(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"protocol version {hello.version} is not served here, only {codec.VERSION}",
+            )
+        if hello.key:
+            raise _Rejected(grpc.StatusCode.FAILED_PRECONDITION, "this server knows no API keys; connect without one")
+        adapter = self._adapters.get(hello.adapter)
+        if adapter is None:
+            raise _Rejected(grpc.StatusCode.NOT_FOUND, "no adapter of that name is served here")
+        return adapter
+
+    def _reply(self, name: str, adapter: ServedAdapter, query: codec.Query) -> codec.Answer | codec.Refusal:
+        """The answer, or a refusal that leaves the session open."""
+        try:
+            adapter.half.check(query.layers, query.rows, len(query.data))
+            if query.rows > adapter.max_rows:
+                raise ProtocolError(f"{query.rows} rows in a query; at most {adapter.max_rows} are answered")
+            for index in query.layers:
+                module = adapter.publication.layers[index].outputs[0][0]
+                self._gate.reserve(ANONYMOUS, name, module, query.rows)
+            return codec.Answer(query.seq, adapter.half.answer(query.layers, query.rows, query.data))
+        except ProtocolError as error:
+            return codec.Refusal(query.seq, budget=False, message=str(error))
+        except RefusedError as error:
+            return codec.Refusal(query.seq, budget=True, message=str(error))
+
+
+class _Rejected(Exception):  # noqa: N818 - not an error of ours: it ends a session with a status
+    """Ends a session with a gRPC status of its own."""
+
+    def __init__(self, status: grpc.StatusCode, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """("host", port) of "host:port". Raises ``ConfigurationError``."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not host or not port.isdigit() or int(port) > 65535:
+        raise ConfigurationError(f"address {address!r} is not HOST:PORT, such as 127.0.0.1:7433")
+    return host, int(port)
+
+
+def require_loopback(host: str, purpose: str) -> None:
+    """Raises ``ConfigurationError`` unless every address that ``host`` resolves to is of this machine alone."""
+    try:
+        found = {entry[4][0] for entry in socket.getaddrinfo(host.strip("[]"), None)}
+    except OSError:
+        raise ConfigurationError(f"host {host!r} is not known; try 127.0.0.1") from None
+    if not all(ipaddress.ip_address(str(address).partition("%")[0]).is_loopback for address in found):
+        raise ConfigurationError(f"refusing to {purpose} ({host}) without TLS, which this version does not offer yet")

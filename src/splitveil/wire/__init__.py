@@ -1,0 +1,1 @@
+"""The wire format: message definitions, and a codec that enforces every limit."""

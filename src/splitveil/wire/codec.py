@@ -1,0 +1,182 @@
+"""Bytes to checked messages and back, with every limit of the wire format in one place (docs/protocol.md).
+
+What comes out of ``decode_client`` and ``decode_server`` has the types and sizes that the format promises; whatever
+does not is a ``ProtocolError``. The errors name sizes and limits, never contents.
+"""
+
+from dataclasses import dataclass, field
+
+from google.protobuf.message import DecodeError
+
+from splitveil.errors import ProtocolError
+from splitveil.wire import adapter_pb2 as pb
+
+VERSION = 1
+METHOD = "/splitveil.v1.PrivateAdapter/Session"
+
+MAX_MESSAGE = 32 << 20
+"""Bytes of one gRPC message; gRPC's own limits are set from it."""
+MAX_PUBLICATION = 1 << 30
+CHUNK = 1 << 20
+MAX_ROWS = 1024
+MAX_LAYERS_IN_QUERY = 64
+MAX_ADAPTER_NAME = 128
+MAX_TEXT = 512
+DIGEST = 32
+_OVERHEAD = 4096  # room for everything in a message that is not ``data``
+
+GRPC_OPTIONS = [
+    ("grpc.max_receive_message_length", MAX_MESSAGE),
+    ("grpc.max_send_message_length", MAX_MESSAGE),
+]
+
+
+@dataclass(frozen=True)
+class Hello:
+    """The client's first message."""
+
+    version: int
+    adapter: str
+    have_digest: bytes
+    key: str = field(default="", repr=False)
+
+
+@dataclass(frozen=True)
+class Query:
+    """One site's rows. ``data`` is checked for its fit with layers and rows by the served half."""
+
+    seq: int
+    layers: tuple[int, ...]
+    rows: int
+    data: bytes = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Welcome:
+    """The server's first message."""
+
+    version: int
+    digest: bytes
+    publication_size: int
+    max_rows: int
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of the publication."""
+
+    offset: int
+    data: bytes = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The answer to the query of the same ``seq``."""
+
+    seq: int
+    data: bytes = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why the query of the same ``seq`` was not answered."""
+
+    seq: int
+    budget: bool
+    message: str
+
+
+def max_rows(query_size: int, answer_size: int) -> int:
+    """The most rows of these sizes (bytes) that fit in one message, at least 1, at most ``MAX_ROWS``."""
+    return max(1, min(MAX_ROWS, (MAX_MESSAGE - _OVERHEAD) // max(query_size, answer_size)))
+
+
+def encode_client(message: Hello | Query) -> bytes:
+    """One client message."""
+    if isinstance(message, Query):
+        query = pb.Query(seq=message.seq, layers=message.layers, rows=message.rows, data=message.data)
+        return pb.ClientMessage(query=query).SerializeToString()
+    hello = pb.Hello(version=message.version, adapter=message.adapter, have_digest=message.have_digest, key=message.key)
+    return pb.ClientMessage(hello=hello).SerializeToString()
+
+
+def decode_client(data: bytes) -> Hello | Query:
+    """Reads what a client sent. Raises ``ProtocolError``."""
+    parsed = pb.ClientMessage()
+    _parse(parsed, data)
+    match parsed.WhichOneof("body"):
+        case "hello":
+            h = parsed.hello
+            _limit("adapter name", len(h.adapter), MAX_ADAPTER_NAME)
+            _limit("digest", len(h.have_digest), DIGEST)
+            _limit("key", len(h.key), MAX_TEXT)
+            return Hello(h.version, h.adapter, h.have_digest, h.key)
+        case "query":
+            q = parsed.query
+            _limit("rows", q.rows, MAX_ROWS)
+            _limit("layers", len(q.layers), MAX_LAYERS_IN_QUERY)
+            return Query(q.seq, tuple(q.layers), q.rows, q.data)
+    raise ProtocolError("a message without a known body; is the other side of another version?")
+
+
+def encode_server(message: Welcome | Chunk | Answer | Refusal) -> bytes:
+    """One server message."""
+    match message:
+        case Answer():
+            body = pb.ServerMessage(answer=pb.Answer(seq=message.seq, data=message.data))
+        case Refusal():
+            code = pb.Refusal.BUDGET if message.budget else pb.Refusal.MALFORMED
+            body = pb.ServerMessage(refusal=pb.Refusal(seq=message.seq, code=code, message=message.message[:MAX_TEXT]))
+        case Chunk():
+            body = pb.ServerMessage(chunk=pb.PublicationChunk(offset=message.offset, data=message.data))
+        case Welcome():
+            body = pb.ServerMessage(
+                welcome=pb.Welcome(
+                    version=message.version,
+                    digest=message.digest,
+                    publication_size=message.publication_size,
+                    max_rows=message.max_rows,
+                )
+            )
+    return body.SerializeToString()
+
+
+def decode_server(data: bytes) -> Welcome | Chunk | Answer | Refusal:
+    """Reads what a server sent. Raises ``ProtocolError``."""
+    parsed = pb.ServerMessage()
+    _parse(parsed, data)
+    match parsed.WhichOneof("body"):
+        case "answer":
+            return Answer(parsed.answer.seq, parsed.answer.data)
+        case "refusal":
+            r = parsed.refusal
+            # Shown on a terminal: only printable characters of a bounded text.
+            text = "".join(c if c.isprintable() else "?" for c in r.message[:MAX_TEXT])
+            return Refusal(r.seq, r.code == pb.Refusal.BUDGET, text)
+        case "chunk":
+            c = parsed.chunk
+            if not 0 < len(c.data) <= CHUNK:
+                raise ProtocolError(f"a publication chunk of {len(c.data)} bytes; 1 to {CHUNK} are allowed")
+            return Chunk(c.offset, c.data)
+        case "welcome":
+            w = parsed.welcome
+            if len(w.digest) != DIGEST:
+                raise ProtocolError(f"a digest of {len(w.digest)} bytes; expected {DIGEST}")
+            _limit("publication size", w.publication_size, MAX_PUBLICATION)
+            if not 1 <= w.max_rows <= MAX_ROWS:
+                raise ProtocolError(f"a row limit of {w.max_rows}; 1 to {MAX_ROWS} are allowed")
+            return Welcome(w.version, w.digest, w.publication_size, w.max_rows)
+    raise ProtocolError("a message without a known body; is the other side of another version?")
+
+
+def _parse(parsed: pb.ClientMessage | pb.ServerMessage, data: bytes) -> None:
+    _limit("message", len(data), MAX_MESSAGE)
+    try:
+        parsed.ParseFromString(data)
+    except DecodeError:
+        raise ProtocolError("a message that is not of the wire format (truncated, or another protocol)") from None
+
+
+def _limit(what: str, got: int, limit: int) -> None:
+    if got > limit:
+        raise ProtocolError(f"{what}: {got} is over the limit of {limit}")
