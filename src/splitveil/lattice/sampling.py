@@ -103,7 +103,7 @@ def uniform(count: int, bound: int) -> NDArray[np.int16]:
 
 
 def discrete_gaussian(count: int, sigma: float) -> NDArray[np.int64]:
-    """``count`` independent discrete Gaussians on ℤ, centre 0, parameter ``sigma`` (mass ∝ exp(−x²/2σ²)), 1 ≤ σ < 2^40."""
+    """``count`` independent discrete Gaussians on ℤ, mass ∝ exp(−x²/2σ²), for 1 ≤ σ < 2^40."""
     if not 1.0 <= sigma < 2.0**40:
         raise ValueError(f"sigma = {sigma} is outside [1, 2^40)")
     bound = int(np.ceil(TAIL * sigma))

@@ -7,7 +7,7 @@ class Gate(Protocol):
     """Decides whether a client may have its rows answered."""
 
     def reserve(self, identity: str, adapter: str, module: str, rows: int) -> None:
-        """Returns to allow; raises ``RefusedError`` to refuse. Called once a layer of every query, before the kernel."""
+        """Returns to allow, raises ``RefusedError`` to refuse; called for every layer of a query, before the kernel."""
         ...
 
 

@@ -130,8 +130,8 @@ class Adapter:
         if missing:
             some = ", ".join(sorted(missing)[:3])
             raise BaseModelError(
-                f"{len(missing)} of {len(self._modules)} adapted modules were not called in a forward pass ({some}, …), "
-                "so the adapter has no effect there; this base model fuses or replaces them and cannot be served privately"
+                f"{len(missing)} of {len(self._modules)} adapted modules were not called in a forward pass ({some}). "
+                "The adapter would have no effect there: this base model bypasses them and cannot be used privately"
             )
         with self._learning:
             if not self._group_of:

@@ -57,6 +57,14 @@ class Server:
         self.address = f"{host}:{bound}"
         self._server.start()
 
+    def summary(self) -> list[str]:
+        """One line an adapter: what is served, for the operator to read."""
+        return [
+            f"{name}: {len(adapter.publication.layers)} private layers, {len(adapter.published):,} bytes published, "
+            f"noise {adapter.publication.noise:g}, parameters {adapter.publication.parameters.name}"
+            for name, adapter in self._service.adapters.items()
+        ]
+
     def wait(self) -> None:
         """Blocks until the server is closed."""
         self._server.wait_for_termination()
@@ -83,7 +91,7 @@ class _Service(grpc.GenericRpcHandler):
         gate: Gate,
         on_query: Callable[[str, codec.Query], None] | None,
     ) -> None:
-        self._adapters = dict(adapters)
+        self.adapters = dict(adapters)
         self._gate = gate
         self._on_query = on_query
 
@@ -136,7 +144,7 @@ class _Service(grpc.GenericRpcHandler):
             )
         if hello.key:
             raise _Rejected(grpc.StatusCode.FAILED_PRECONDITION, "this server knows no API keys; connect without one")
-        adapter = self._adapters.get(hello.adapter)
+        adapter = self.adapters.get(hello.adapter)
         if adapter is None:
             raise _Rejected(grpc.StatusCode.NOT_FOUND, "no adapter of that name is served here")
         return adapter

@@ -1,0 +1,71 @@
+"""The command line: one thin file per command group, loaded when it is called."""
+
+import importlib
+import sys
+
+import click
+
+import splitveil
+from splitveil.errors import SplitveilError
+
+# name → (module, attribute, one line for the overview); importing torch for --help would take seconds
+COMMANDS = {
+    "demo": ("splitveil.cli.demo", "demo", "See it work: a private clinic adapter answers, on this machine."),
+    "serve": ("splitveil.cli.serve", "serve", "Serve private adapters (the vendor's side)."),
+    "generate": (
+        "splitveil.cli.generate",
+        "generate",
+        "Answer one prompt privately (the customer's side).",
+    ),
+    "chat": ("splitveil.cli.generate", "chat", "Talk to a base model with a private adapter."),
+    "inspect": ("splitveil.cli.inspect", "inspect", "Can this adapter be served? What would it cost?"),
+    "bench": ("splitveil.cli.bench", "bench", "Measure speed and size on this machine, both sides in one run."),
+}
+
+
+class _Commands(click.Group):
+    """Loads a command's module when the command is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, attribute, _ = COMMANDS[cmd_name]
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, _, line) in COMMANDS.items()])
+
+
+@click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(splitveil.__version__, prog_name="splitveil")
+def cli() -> None:
+    """Private LoRA adapters for open language models.
+
+    The vendor keeps the adapter, the customer keeps the prompt: the base model runs at the customer, its activations
+    leave encrypted, and the vendor computes on them without seeing them.
+
+    Begin with `splitveil demo`.
+    """
+
+
+def main() -> None:
+    """Runs the command line; errors of ours are one line on stderr and exit status 1."""
+    try:
+        cli(standalone_mode=False)
+    except SplitveilError as error:
+        click.echo(f"splitveil: {error}", err=True)
+        sys.exit(1)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        sys.exit(2)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("splitveil: interrupted", err=True)
+        sys.exit(130)

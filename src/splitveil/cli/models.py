@@ -1,0 +1,48 @@
+"""Loading a local base model and its tokenizer, with errors that people can act on."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from splitveil.embedded import resolve
+from splitveil.errors import BaseModelError, ConfigurationError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def load_base(text: str, *, dtype: str = "auto", device: str = "cpu") -> tuple[Any, Any]:
+    """(model in eval mode, tokenizer) of a Hugging Face folder. Nothing is ever downloaded, no remote code is run.
+
+    Raises ``BaseModelError`` for a folder that does not hold a causal language model and its tokenizer,
+    ``ConfigurationError`` for a device that this machine lacks.
+    """
+    import torch
+    import transformers
+
+    folder = resolve(text)
+    if not (folder / "config.json").is_file():
+        raise BaseModelError(
+            f"{folder} is not a Hugging Face model folder (no config.json); "
+            "download the base model first, and give the folder it is in"
+        )
+    transformers.utils.logging.disable_progress_bar()
+    kind = torch.float32 if dtype == "auto" and device == "cpu" and _half(folder) else dtype
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=kind, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError, json.JSONDecodeError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BaseModelError(f"{folder} cannot be loaded as a causal language model: {first}") from None
+    try:
+        return model.to(device).eval(), tokenizer
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigurationError(f"device {device!r} is not usable here: {str(error).splitlines()[0]}") from None
+
+
+def _half(folder: Path) -> bool:
+    """Whether the weights are fp16, in which CPUs are slow and imprecise: they are widened there."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and str(config.get("dtype", config.get("torch_dtype"))) == "float16"

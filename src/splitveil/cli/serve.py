@@ -1,0 +1,62 @@
+"""``splitveil serve``."""
+
+import logging
+
+import click
+
+from splitveil.embedded import resolve
+from splitveil.errors import ConfigurationError
+
+
+@click.command()
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    required=True,
+    metavar="NAME=DIR",
+    help="An adapter to serve under a name: a PEFT folder, or embedded:clinic. May be repeated.",
+)
+@click.option("--listen", default="127.0.0.1:7433", show_default=True, metavar="HOST:PORT", help="Port 0 picks one.")
+@click.option(
+    "--noise",
+    default=0.0,
+    show_default=True,
+    metavar="FRACTION",
+    help="Noise added to every answer, as a fraction of a typical one (0.01 = 1 %). It buys little: see SECURITY.md.",
+)
+@click.option("--engine", type=click.Choice(["lattice"]), default="lattice", show_default=True)
+@click.option("--sessions", default=32, show_default=True, type=click.IntRange(1, 1024), help="Clients at once.")
+def serve(adapters: tuple[str, ...], listen: str, noise: float, engine: str, sessions: int) -> None:
+    """Serve private adapters until interrupted.
+
+    The weights stay in this process. Clients receive a publication (which hides the weights behind lattice noise) and
+    answers to encrypted queries. What this does not protect is the first section of SECURITY.md: above all, a client
+    that may ask for as many rows as the layers are wide can rebuild the adapter from the answers.
+
+    \b
+    splitveil serve --adapter clinic=./my-lora
+    splitveil serve --adapter clinic=embedded:clinic --listen 127.0.0.1:0
+    """
+    from splitveil.serving.serve import serve as start
+
+    logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", level=logging.WARNING)
+    server = start(parse_adapters(adapters), listen, noise=noise, engine=engine, sessions=sessions)
+    with server:
+        for line in server.summary():
+            click.echo(line)
+        click.echo(f"listening on {server.address} (plaintext transport, this machine only); stop with Ctrl-C")
+        server.wait()
+
+
+def parse_adapters(adapters: tuple[str, ...]) -> dict[str, str]:
+    """NAME=DIR pairs as a mapping. Raises ``ConfigurationError``."""
+    folders: dict[str, str] = {}
+    for entry in adapters:
+        name, equals, folder = entry.partition("=")
+        if not equals or not name or not folder:
+            raise ConfigurationError(f"--adapter {entry!r} is not NAME=DIR, such as clinic=./my-lora")
+        if name in folders:
+            raise ConfigurationError(f"two adapters are called {name!r}; names must differ")
+        folders[name] = str(resolve(folder))
+    return folders
