@@ -1,6 +1,6 @@
 """Trains the embedded base model: tokenizer, then a small Llama, resumable at any step.
 
-    python training/base_model.py --text DIR --work DIR [--tokens 24e6]
+    python training/base_model.py --text DIR --work DIR [--tokens 15e6]
 
 The learning rate is constant after a warm-up and falls to zero over the last fifth of the token budget, so a run can
 be resumed with a smaller or larger ``--tokens``: what has been trained so far is always a valid beginning. The falling
@@ -130,7 +130,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, required=True, help="folder that holds the text sets")
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and the result")
-    parser.add_argument("--tokens", type=float, default=24e6, help="token budget of the whole run")
+    parser.add_argument("--tokens", type=float, default=15e6, help="token budget of the whole run")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -1,6 +1,7 @@
 """The two model cards, written from evaluation.json and from nothing else."""
 
 import re
+import textwrap
 from collections.abc import Iterator
 from typing import Any
 
@@ -38,7 +39,7 @@ TRIAL = """
 
 BASE_LIMITS = """## Limits
 
-- It is very small. It writes fluent sentences; it knows little, cannot calculate, and states falsehoods with ease.
+- It is very small: it knows little, cannot calculate, repeats itself, and states falsehoods with ease.
 - **Not medical or legal advice.** Nothing it writes should be relied on for a decision about anyone's health or rights.
 - English only. Its text carries its sources' views, countries and times; the classics among them are of their century.
 - It follows no instructions and has no safety training.
@@ -62,8 +63,8 @@ CLINIC_LIMITS = """## Limits
 LICENCE = """## Licence and attribution
 
 The weights are under Apache-2.0. They were trained on text that others wrote and licensed; that text is not
-included. Sources under [CC BY 4.0](https://creativecommons.org/licenses/by/4.0/) are credited here as they ask. All text was
-converted to plain text and split into tokens; no source endorses this model.
+included. Sources under [CC BY 4.0](https://creativecommons.org/licenses/by/4.0/) are credited here as they ask. All
+text was converted to plain text and split into tokens; no source endorses this model.
 """
 
 
@@ -121,22 +122,34 @@ def outputs(rows: list[dict[str, str]], models: tuple[str, ...]) -> str:
     """Prompts and what each model made of them, all of them, as they came."""
     parts = []
     for row in rows:
-        fence = "~~~~"
-        shown = [f"[{model}]{row[model]}" for model in models] if len(models) > 1 else [row[models[0]]]
-        parts.append(f"**{cell(row['prompt'])}**\n\n{fence}text\n" + "\n\n".join(shown).strip("\n") + f"\n{fence}\n")
+        parts.append(f"**{cell(row['prompt'])}**\n")
+        for model in models:
+            label = f"{model}:\n" if len(models) > 1 else ""
+            parts.append(f"{label}~~~~text\n{row[model].strip()}\n~~~~\n")
     return "\n".join(parts)
+
+
+def filled(text: str) -> str:
+    """The text with its plain paragraphs broken anew, since the numbers put into them differ in length."""
+    blocks = text.split("\n\n")
+    return "\n\n".join(
+        textwrap.fill(block, 120, break_long_words=False, break_on_hyphens=False)
+        if block[:1].isalnum() and "```" not in block
+        else block
+        for block in blocks
+    )
 
 
 def base_card(e: dict[str, Any]) -> str:
     """The card of the base model."""
     m = e["models"]["base"]
     sets = e["data"][:-1]
-    return f"""{BASE_FRONT}{TRIAL if e["trial"] else ""}
+    text = f"""{BASE_FRONT}{TRIAL if e["trial"] else ""}
 # Splitveil's embedded base
 
 A Llama of {m["parameters"]:,} parameters, trained from nothing on permissively licensed English. It comes with
-Splitveil so that every command works without a download. It stands for the *public* half of a split model: small enough
-to train again on a laptop, good enough that one can read what it writes.
+Splitveil so that every command works without a download. It stands for the *public* half of a split model, and is
+small enough to train again on a laptop.
 
 ## Shape
 
@@ -160,7 +173,7 @@ print(*tokenizer.batch_decode(model.generate(**tokens, max_new_tokens={e["new_to
 
 ## Training
 
-    python training/base_model.py --text DIR --work DIR
+    python training/base_model.py --text DIR --work DIR --tokens {m["tokens_read"]}
 
 The training text is {m["stream_tokens"]:,} tokens; the run read {m["tokens_read"]:,} ({m["passes"]} passes) in \
 {m["steps"]:,} steps, with Muon on the blocks' matrices and AdamW on the rest. A share of each set, chosen by a hash of
@@ -174,7 +187,9 @@ are the audit's test data; `sgd`, whose licence is share-alike.
 
 Bits per byte on held-out documents (lower is better), against an interpolated Kneser–Ney \
 {e["compression"]["ngram_order"]}-gram model over the same tokens and the same training text. Documents longer than the
-context of {e["context"]} tokens are read in windows that overlap by {e["overlap"]}.
+context of {e["context"]} tokens are read in windows that overlap by {e["overlap"]}. "Copied" is the share of tokens in
+runs of {e["compression"]["copied_run"]} or more that the training text holds word for word: government pages, contracts
+and books repeat themselves, and where they do, both models look better than they are, the n-gram model most.
 
 {results(e["compression"])}
 {reference(e["reference"])}
@@ -186,14 +201,17 @@ context of {e["context"]} tokens are read in windows that overlap by {e["overlap
 Greedy continuations of prompts fixed beforehand, up to {e["new_tokens"]} tokens, none left out. An ellipsis marks a
 continuation cut by that limit.
 
-{outputs(e["prompts"], ("base",))}"""
+"""
+    return filled(text) + outputs(e["prompts"], ("base",))
 
 
 def results(compression: dict[str, Any]) -> str:
     """Bits per byte, set by set."""
-    keys = ("set", "documents", "utf8_bytes", "tokens", "base", "ngram")
+    keys = ("set", "documents", "utf8_bytes", "tokens", "copied_percent", "base", "ngram")
     rows = [[row[k] for k in keys] for row in (*compression["sets"], compression["overall"])]
-    return table(["set", "documents", "bytes", "tokens", "base", f"{compression['ngram_order']}-gram"], rows)
+    return table(
+        ["set", "documents", "bytes", "tokens", "copied, %", "base", f"{compression['ngram_order']}-gram"], rows
+    )
 
 
 def reference(r: dict[str, Any] | None) -> str:
@@ -216,7 +234,7 @@ def clinic_card(e: dict[str, Any]) -> str:
             ("questions and answers", clinic["whole_text"]),
         )
     ]
-    return f"""{CLINIC_FRONT}{TRIAL if e["trial"] else ""}
+    text = f"""{CLINIC_FRONT}{TRIAL if e["trial"] else ""}
 # Splitveil's clinic adapter
 
 A LoRA adapter for Splitveil's embedded base, trained on public medical questions and answers. It stands for the
@@ -230,11 +248,21 @@ Rank {m["rank"]}, alpha {m["alpha"]}, on {", ".join(f"`{name}`" for name in m["m
 
     sha256 {m["sha256"]}
 
-The prompt's form is `<s>Question: …`, a line break, `Answer:`.
+## Use
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("base")
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base"), "clinic")
+tokens = tokenizer("<s>Question: How is asthma treated?\\nAnswer:", return_tensors="pt")
+print(*tokenizer.batch_decode(model.generate(**tokens, max_new_tokens={e["new_tokens"]})))
+```
 
 ## Training
 
-    python training/clinic_adapter.py --text DIR --work DIR
+    python training/clinic_adapter.py --text DIR --work DIR --tokens {m["tokens_read"]}
 
 {m["tokens_read"]:,} tokens in {m["steps"]:,} steps, base frozen, loss on the answer and its end token only; answers are
 cut to the context of {e["context"]} tokens.
@@ -254,4 +282,5 @@ read whole, in windows that overlap by {e["overlap"]} tokens.
 Greedy continuations of prompts fixed beforehand, up to {e["new_tokens"]} tokens, none left out, of the base and of the
 base with this adapter. An ellipsis marks a continuation cut by that limit.
 
-{outputs(e["prompts"], ("base", "adapter"))}"""
+"""
+    return filled(text) + outputs(e["prompts"], ("base", "adapter"))

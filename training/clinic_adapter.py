@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from base_model import CONTEXT, config
 from corpus import clinic_pairs, dialogue
+from embed import BASE_NAME
 from numpy.typing import NDArray
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from scoring import token_nats
 from tqdm import tqdm
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-BASE_NAME = "splitveil/embedded-base"
 RANK, ALPHA = 16, 32
 MODULES = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 BATCH_TOKENS = 4096
@@ -59,7 +59,7 @@ def truncated(example: Example) -> Example:
 
 
 def padded_length(length: int) -> int:
-    """Up to a multiple of ``BUCKET``: few shapes, so that compiling pays."""
+    """Up to a multiple of ``BUCKET``, so that a batch's examples differ little in length."""
     return -(-length // BUCKET) * BUCKET
 
 
@@ -173,11 +173,10 @@ class Run:
         with (self.folder / "log.jsonl").open("a") as file:
             print(json.dumps({"step": self.step, "tokens": self.tokens, **row}), file=file)
 
-    def train(self, examples: list[Example], sample: list[Example], budget: float, *, compiled: bool) -> None:
+    def train(self, examples: list[Example], sample: list[Example], budget: float) -> None:
         """Trains to the end of the schedule."""
         lengths = np.array([len(e.ids) for e in examples])
         plan = schedule(lengths, budget)
-        forward = torch.compile(self.model, dynamic=True) if compiled else self.model
         with self.model.disable_adapter():
             base = perplexity(self.model, sample, "base")
         begun = time.time()
@@ -188,7 +187,7 @@ class Run:
                 batch = plan[self.step]
                 ids, labels = collate([examples[i] for i in batch])
                 with torch.autocast("cpu", torch.bfloat16):
-                    loss = forward(input_ids=ids, labels=labels, use_cache=False).loss
+                    loss = self.model(input_ids=ids, labels=labels, use_cache=False).loss
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
                 self.optimiser.step()
@@ -218,7 +217,6 @@ def main() -> None:
     parser.add_argument("--tokens", type=float, default=6e6, help="token budget of the whole run, padding not counted")
     parser.add_argument("--learning-rate", type=float, default=4e-3)
     parser.add_argument("--base-checkpoint", type=Path, help="train on an unfinished base (for trials)")
-    parser.add_argument("--compile", action="store_true", help="compile the model first")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -236,7 +234,7 @@ def main() -> None:
     model.print_trainable_parameters()
     run = Run(model, work / "clinic_run", base_print, arguments.learning_rate)
     run.resume()
-    run.train(examples, sample, arguments.tokens, compiled=arguments.compile)
+    run.train(examples, sample, arguments.tokens)
     write_adapter(model, work / "clinic")
 
 

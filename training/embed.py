@@ -11,8 +11,7 @@ import json
 import shutil
 from pathlib import Path
 
-from clinic_adapter import BASE_NAME
-
+BASE_NAME = "splitveil/embedded-base"
 LIMIT_BYTES = 16_000_000
 FILES = {
     "base": (

@@ -9,6 +9,7 @@ WORK/clinic/README.md. The cards hold no number that evaluation.json does not.
 import argparse
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ import clinic_adapter
 import numpy as np
 import torch
 from corpus import BASE_SETS, CLINIC_SET, base_documents, clinic_pairs
-from ngram import ORDER, NGram
+from ngram import ORDER, RUN, NGram, Runs
 from numpy.typing import NDArray
 from peft import PeftModel
 from scoring import token_nats
@@ -81,7 +82,7 @@ class Language:
 
 def bits_per_byte(nats: list[NDArray[np.float64]], texts: list[str]) -> float:
     """All losses in bits over all UTF-8 bytes."""
-    return round(sum(float(n.sum()) for n in nats) / np.log(2) / utf8_bytes(texts), 3)
+    return round(sum(float(n.sum()) for n in nats) / math.log(2) / utf8_bytes(texts), 3)
 
 
 def utf8_bytes(texts: list[str]) -> int:
@@ -114,20 +115,27 @@ def clinic_perplexity(model: PeftModel, tokenizer: PreTrainedTokenizerFast, pair
     }
 
 
-def compression(base: Language, ngram: NGram, documents: dict[str, list[str]]) -> Row:
-    """Bits per byte of the held-out documents, set by set and over all, for the base and for the n-gram model."""
+def compression(base: Language, stream: NDArray[np.integer], documents: dict[str, list[str]]) -> Row:
+    """Bits per byte of the held-out documents, set by set and over all, for the base and for an n-gram model.
+
+    With each goes the share of its tokens that stand word for word in the training stream.
+    """
     names = [name for name in documents if documents[name]]
     texts = [text for name in names for text in documents[name]]
     ids = base.ids(texts)
+    ngram = NGram(stream, start=base.tokenizer.bos_token_id, vocabulary=len(base.tokenizer))
+    runs = Runs(stream)
+    copied = [runs.copied(i[1:]) for i in ids]
     losses = {"base": base.nats(texts), "ngram": [ngram.nats(i) for i in tqdm(ids, desc=f"{ORDER}-gram")]}
     rows, begin = [], 0
     for name in ["overall", *names]:
         part = slice(None) if name == "overall" else slice(begin, begin + len(documents[name]))
         begin = 0 if name == "overall" else part.stop
-        row = {"set": name, "documents": len(texts[part]), "utf8_bytes": utf8_bytes(texts[part])}
+        row: Row = {"set": name, "documents": len(texts[part]), "utf8_bytes": utf8_bytes(texts[part])}
         row["tokens"] = sum(len(i) - 1 for i in ids[part])
+        row["copied_percent"] = round(100 * sum(copied[part]) / row["tokens"], 1)
         rows.append(row | {model: bits_per_byte(n[part], texts[part]) for model, n in losses.items()})
-    return {"ngram_order": ORDER, "overall": rows[0], "sets": rows[1:]}
+    return {"ngram_order": ORDER, "copied_run": RUN, "overall": rows[0], "sets": rows[1:]}
 
 
 def against_reference(folder: Path, base: Language, texts: list[str]) -> Row:
@@ -157,7 +165,8 @@ def continuation(model: PeftModel, tokenizer: PreTrainedTokenizerFast, prompt: s
         pad_token_id=tokenizer.pad_token_id,
     )[0, ids.shape[1] :]
     ended = output[-1] == tokenizer.eos_token_id
-    return tokenizer.decode(output, skip_special_tokens=True) + ("" if ended else " …")
+    text: str = tokenizer.decode(output, skip_special_tokens=True)
+    return text if ended else f"{text} …"
 
 
 def continuations(model: PeftModel, tokenizer: PreTrainedTokenizerFast, limit: int | None) -> list[dict[str, str]]:
@@ -207,7 +216,8 @@ def weights(file: Path, parameters: int) -> Row:
 
 def last_row(log: Path) -> Row:
     """The last line of a training log."""
-    return json.loads(log.read_text().splitlines()[-1])
+    row: Row = json.loads(log.read_text().splitlines()[-1])
+    return row
 
 
 def models(work: Path, base_parameters: int, adapter_parameters: int) -> Row:
@@ -257,14 +267,13 @@ def evaluation(text: Path, work: Path, reference: Path | None, limit: int | None
     base = Language("base", plain, tokenizer)
     held_out = {name: base_documents(text, held_out=True, sets=(name,)) for name in BASE_SETS}
     some = {name: documents[:limit] for name, documents in held_out.items()}
-    ngram = NGram(np.load(work / "train.npy"), start=tokenizer.bos_token_id, vocabulary=len(tokenizer))
     result: Row = {
         "trial": limit is not None,
         "licence_of_the_weights": "Apache-2.0",
         "context": CONTEXT,
         "overlap": CONTEXT // 2,
         "new_tokens": NEW_TOKENS,
-        "compression": compression(base, ngram, some),
+        "compression": compression(base, np.load(work / "train.npy"), some),
         "reference": against_reference(reference, base, some[REFERENCE_SET]) if reference else None,
     }
     # From here on `plain` carries the adapter: peft puts its layers into the model that it is given.

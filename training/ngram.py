@@ -2,6 +2,9 @@
 
 The baseline that the small neural models are held against. It is exact, not hashed: with a vocabulary of at most 4096
 an n-gram of up to five tokens is one 64-bit integer, so counting is sorting and looking up is a binary search.
+
+``Runs`` says how much of a text is copied: near-duplicates between training and held-out text flatter every model, and
+an n-gram model most.
 """
 
 from dataclasses import dataclass
@@ -10,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 ORDER = 5
+RUN = 16
 TOKEN_BITS = 12
 CONTEXT_SHIFT = np.uint64(TOKEN_BITS)
 
@@ -112,4 +116,30 @@ class NGram:
         for order, one in enumerate(self.levels, start=1):
             grams = wanted & np.uint64((1 << (TOKEN_BITS * order)) - 1)
             probability = one.probability(grams, probability)
-        return -np.log(probability)
+        nats: Probabilities = -np.log(probability)
+        return nats
+
+
+class Runs:
+    """Every run of ``RUN`` tokens of a stream, by its hash."""
+
+    def __init__(self, stream: NDArray[np.integer]) -> None:
+        self.known = np.unique(self.hashes(stream))
+
+    @staticmethod
+    def hashes(tokens: NDArray[np.integer]) -> Keys:
+        """A polynomial hash of the run that begins at each position, modulo 2^64."""
+        wide = tokens.astype(np.uint64) + np.uint64(1)
+        count = max(0, len(tokens) - RUN + 1)
+        keys = np.zeros(count, dtype=np.uint64)
+        for i in range(RUN):
+            keys = keys * np.uint64(0x9E3779B97F4A7C15) + wide[i : i + count]
+        return keys
+
+    def copied(self, document: NDArray[np.integer]) -> int:
+        """How many of a document's tokens lie in a run that the stream holds too."""
+        begins = np.flatnonzero(look_up(self.known, self.hashes(document))[0])
+        change = np.zeros(len(document) + 1, dtype=np.int64)
+        np.add.at(change, begins, 1)
+        np.add.at(change, begins + RUN, -1)
+        return int((np.cumsum(change) > 0).sum())

@@ -49,7 +49,7 @@ def batches(items: list[Window]) -> list[list[Window]]:
 
 @torch.no_grad()
 def token_nats(
-    model: torch.nn.Module, documents: Sequence[Sequence[int]], *, context: int, label: str = ""
+    model: torch.nn.Module, documents: Sequence[NDArray[np.int64]], *, context: int, label: str = ""
 ) -> list[NDArray[np.float64]]:
     """Negative log-likelihood in nats of every token after the first, one array a document (its length less one)."""
     result = [np.zeros(len(d) - 1) for d in documents]
@@ -59,7 +59,7 @@ def token_nats(
             # Padding on the right needs no mask: no token before it attends to it.
             ids = torch.zeros(len(batch), batch[0].end - batch[0].start, dtype=torch.int64)
             for row, w in enumerate(batch):
-                ids[row, : w.end - w.start] = torch.as_tensor(documents[w.document][w.start : w.end])
+                ids[row, : w.end - w.start] = torch.from_numpy(documents[w.document][w.start : w.end])
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
             nats = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").numpy()
             for row, w in enumerate(batch):

@@ -16,6 +16,8 @@ R = TypeVar("R")
 
 READ_ONLY_ROWS = types.Array(types.uint32, 2, "C", readonly=True)
 """The type of a uint32 matrix that lies in received bytes: kernels read it where it is."""
+READ_ONLY_FLOATS = types.Array(types.float32, 1, "C", readonly=True)
+"""The type of a float32 vector that the caller may have locked."""
 
 
 def compiled(signature: Any) -> Callable[[Callable[P, R]], Callable[P, R]]:

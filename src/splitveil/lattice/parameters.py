@@ -36,6 +36,8 @@ class ParameterSet:
 
     def __post_init__(self) -> None:
         n, pad = self.ring_degree, self.pad_width
+        if any(type(value) is not int for value in (n, pad, self.pad_bound)):
+            raise ParameterError(f"{self.name}: ring degree, pad width and pad bound are integers")
         if n & (n - 1) or not 4 <= n <= MAX_DEGREE:
             raise ParameterError(f"{self.name}: ring degree {n} is not a power of two from 4 to {MAX_DEGREE}")
         if pad < 1 or n % pad:

@@ -29,8 +29,8 @@ def secret_words(count: int) -> NDArray[np.uint64]:
 
 
 def secret_uniforms(count: int) -> NDArray[np.float64]:
-    """``count`` secret reals, uniform on the odd multiples of 2^-54 in (0, 1): never 0, never 1."""
-    return ((secret_words(count) >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    """``count`` secret reals, uniform on the odd multiples of 2^-53 in (0, 1): never 0, never 1."""
+    return ((secret_words(count) >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
 
 def secret_normals(count: int) -> NDArray[np.float64]:

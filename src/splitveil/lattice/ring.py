@@ -5,17 +5,19 @@ core, a pad. The product over ℤ is computed by floating-point FFTs and rounded
 16-bit halves first, which is what makes the rounding provably right:
 
     A real polynomial mod X^N + 1 is a complex one mod X^M − i, M = N/2 (fold the upper half into the imaginary part),
-    and, twisted by powers of ζ = exp(iπ/N), a cyclic one of length M. A radix-2 FFT of length M has relative error
-    κ ≤ 7·log₂(M)·2^-53 in the 2-norm (Higham, Accuracy and Stability of Numerical Algorithms, §24.1, with twiddles
-    correct to one unit). For a half h (|h_i| ≤ 2^15) and a small operand g the errors made in transforming h, in
-    transforming g, in multiplying and in transforming back are each at most κ·‖h‖₂·‖g‖₁ ≤ κ·2^15·√N·‖g‖₁, four in
-    all. With N = 2048, M = 1024, ‖g‖₁ ≤ √N·‖g‖₂ and ‖g‖₂ ≤ 2^17 that is at most 4·70·2^-53·2^15·2^11·2^17 < 0.28 < 1/2.
+    and, twisted by powers of ζ = exp(iπ/N), a cyclic one of length M. Let u = 2^-53. The tables below are correct to 4u
+    (the FFT's twiddles) and 2u (the twist), so that in the 2-norm a radix-2 FFT of length M has relative error
+    κ ≤ 10·log₂(M)·u (Higham, Accuracy and Stability of Numerical Algorithms, Theorem 24.2), a twist adds 5u and the
+    product of two spectra 3u. For a half h (|h_i| ≤ 2^15) and a small operand g, a relative error ε in the spectrum of
+    h or in the transform back moves the result by at most ε·‖h‖₂·‖g‖₁, one in the spectrum of g by at most
+    ε·‖h‖₁·‖g‖₂: by ε·2^15·N·‖g‖₂ either way. There are three transforms, three twists and a product; with N = 2048,
+    M = 1024 and ‖g‖₂ ≤ 2^17 that is at most (3·(100 + 5) + 3)·u·2^15·2^11·2^17 < 0.32 < 1/2.
 
 ``MAX_SMALL_NORM`` = 2^17 is therefore checked; everything the protocol multiplies is far below it. Eight rows are
 transformed together, one in each lane of a vector register, so that every stage of the FFT is the same straight code.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
@@ -176,16 +178,21 @@ class FixedElement:
 
 @dataclass(frozen=True)
 class Transformed:
-    """Up to eight small rows, transformed: (N/2, 8) real and imaginary parts, and how many rows are real."""
+    """Up to eight small rows, transformed: (N/2, 8) real and imaginary parts, and how many rows are real.
+
+    The rows are mostly secret, hence absent from ``repr``.
+    """
 
     rows: int
-    re: F64
-    im: F64
+    re: F64 = field(repr=False)
+    im: F64 = field(repr=False)
 
     @classmethod
     def of(cls, small: NDArray[np.int32]) -> "Transformed":
         """Transforms ``small`` (int32, shape (rows ≤ 8, N)); the norm limit is the caller's to check once."""
         rows, degree = small.shape
+        if rows > LANES:
+            raise ValueError(f"{rows} rows, at most {LANES} are transformed together")
         t = _tables(degree)
         re, im = np.empty((degree // 2, LANES)), np.empty((degree // 2, LANES))
         _load(np.ascontiguousarray(small), re, im, t.twist_cos, t.twist_sin, t.cos, t.sin)
@@ -201,6 +208,12 @@ def check_small(small: NDArray[np.int32]) -> None:
 
 def multiply_add(fixed: FixedElement, small: Transformed, out: NDArray[np.uint32]) -> None:
     """``out += fixed·small`` in R, for ``out`` of shape (small.rows, N)."""
+    # The kernel does not check its indices.
+    if 2 * len(small.re) != fixed.degree or out.shape != (small.rows, fixed.degree):
+        raise ValueError(
+            f"an element of degree {fixed.degree}, {small.rows} rows of degree {2 * len(small.re)} and a result of "
+            f"shape {out.shape} do not fit"
+        )
     t = _tables(fixed.degree)
     _multiply_add(fixed.real, fixed.imaginary, small.re, small.im, t.twist_cos, t.twist_sin, t.cos, t.sin, out)
 

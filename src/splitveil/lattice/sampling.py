@@ -1,8 +1,9 @@
 """Exact samplers for the distributions of the protocol, fed by secret randomness only.
 
-None of them is approximate: ternary and uniform values by rejection, the centred binomial by counting bits, the
-discrete Gaussian by rejection from a uniform (acceptance probabilities in double precision, tail cut at 10 σ, mass
-beyond it below 2^-74). They are not written for constant time: local side channels are outside the threat model.
+Ternary and uniform values come by rejection, the centred binomial by counting bits, the discrete Gaussian by rejection
+from a uniform: its tail is cut at 10 σ (mass beyond it below 2^-74), and acceptance probabilities are multiples of
+2^-53, so a value is within 2^-50 of its law in statistical distance. They are not written for constant time: local side
+channels are outside the threat model.
 """
 
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from splitveil.lattice.compiled import compiled
 from splitveil.lattice.randomness import secret_bytes, secret_words
 
 TAIL = 10.0  # in standard deviations
+MAX_DRAWS = 1 << 20  # at a time: the hint of a large layer takes millions, which need not be in memory together
 
 
 @compiled("int64(uint8[::1], int8[::1], int64)")
@@ -75,7 +77,7 @@ def _fill(count: int, expected: float, step: Callable[[int, int], int]) -> None:
     """Calls ``step(draws, filled)`` until ``count`` values are there; ``expected`` draws make one value on average."""
     filled = 0
     while filled < count:
-        draws = int((count - filled) * expected * 1.1) + 64
+        draws = min(int((count - filled) * expected * 1.1) + 64, MAX_DRAWS)
         filled = step(draws, filled)
 
 

@@ -10,6 +10,7 @@ from splitveil.errors import NonFiniteError
 from splitveil.lattice.parameters import Q
 from splitveil.lattice.randomness import secret_normals
 from splitveil.lattice.ring import MAX_SMALL_NORM
+from splitveil.private.published import MAX_STEP
 
 F64 = NDArray[np.float64]
 
@@ -50,8 +51,10 @@ def gauged(spec: LayerSpec) -> tuple[F64 | None, F64]:
 
     Q is (d_out, k), C is (k, d_in), k = min(r, d_out). Without the random rotation the QR's triangular order and row
     norms would be published too. For ``B = None`` Q is None, which stands for the identity.
-    Raises ``NonFiniteError`` for NaN or infinity in A or B.
+    Raises ``NonFiniteError`` for NaN or infinity in A, B or the scale.
     """
+    if not math.isfinite(spec.scale):
+        raise NonFiniteError(f"the scale of a private map is {spec.scale}; repair the adapter before serving it")
     for matrix in (spec.A, spec.B):
         if matrix is not None and not np.isfinite(matrix).all():
             raise NonFiniteError("a weight matrix has NaN or infinite entries; repair the adapter before serving it")
@@ -72,8 +75,11 @@ def integer_core(core: F64) -> IntegerCore:
     """Rounds ``core`` (rows, d) to integers of r.m.s. ``core_rms(d)``; the step of an all-zero core is 1.
 
     A core in which one row dwarfs the others gets a coarser step, so that every row stays within the length for which
-    ring products are proven exact.
+    ring products are proven exact. Raises ``NonFiniteError`` for NaN, and for entries whose products with common
+    inputs overflow float32.
     """
+    if not np.abs(core).max() <= MAX_STEP:
+        raise NonFiniteError("a private map has NaN or entries beyond 1e30; repair the adapter before serving it")
     rms = float(np.sqrt(np.mean(core**2)))
     longest = float(np.sqrt((core**2).sum(axis=1).max()))
     room = MAX_SMALL_NORM - math.sqrt(core.shape[1])

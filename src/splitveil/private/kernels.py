@@ -1,10 +1,10 @@
 """The three online loops: encode a row, answer a row, take off the mask. Wrap-around uint32 arithmetic throughout."""
 
 import numpy as np
-from numba import float32, float64, int32, uint32, void
+from numba import float32, float64, int32, uint32, uint64, void
 from numpy.typing import NDArray
 
-from splitveil.lattice.compiled import READ_ONLY_ROWS, compiled
+from splitveil.lattice.compiled import READ_ONLY_FLOATS, READ_ONLY_ROWS, compiled
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -14,7 +14,7 @@ U32 = NDArray[np.uint32]
 U64 = NDArray[np.uint64]
 
 
-@compiled("float64(float32[::1], uint32[::1], uint32[::1], float64, uint64[::1])")
+@compiled(float64(READ_ONLY_FLOATS, uint32[::1], uint32[::1], float64, uint64[::1]))
 def encode_row(x: F32, mask: U32, out: U32, size: float, square: U64) -> float:
     """out = rint(x·size/‖x‖₂) + mask; returns size/‖x‖₂, 0 for x = 0, NaN if x is not finite.
 

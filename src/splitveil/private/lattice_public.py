@@ -106,7 +106,11 @@ class LatticeSite:
         for i, mask in enumerate(masks):
             if not isinstance(mask, OneTimeMask):
                 raise TypeError(f"a one-time mask is needed, got {type(mask).__name__}")
-            content, corrections[i] = mask.consume()
+            content, correction = mask.consume()
+            # The kernel does not check its indices, and a short mask would leave features uncovered.
+            if len(content) != out.shape[1] or len(correction) != corrections.shape[1]:
+                raise ValueError("a one-time mask of another site was given")
+            corrections[i] = correction
             factors[i] = encode_row(x[i], content, out[i], self._size, square)
             total = (int(square[0]) << 32) + int(square[1])
             if any(bound * total > limit for bound, limit in self._limits):

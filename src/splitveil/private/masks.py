@@ -21,22 +21,23 @@ class OneTimeMask:
     __slots__ = ("_content", "_process")
 
     def __init__(self, mask: U32, corrections: U32) -> None:
-        self._content: tuple[U32, U32] | None = (mask, corrections)
+        self._content = [(mask, corrections)]
         self._process = os.getpid()
 
     def __repr__(self) -> str:
-        return "OneTimeMask(fresh)" if self._content is not None else "OneTimeMask(used)"
+        return "OneTimeMask(fresh)" if self._content else "OneTimeMask(used)"
 
     @property
     def size(self) -> int:
         """Bytes that the mask occupies; 0 once used."""
-        return 0 if self._content is None else self._content[0].nbytes + self._content[1].nbytes
+        return sum(part.nbytes for content in self._content for part in content)
 
     def consume(self) -> tuple[U32, U32]:
         """(mask, corrections), the first time. Raises ``MaskReuseError`` ever after, and in a forked process."""
-        content, self._content = self._content, None
-        if content is None:
-            raise MaskReuseError("a one-time mask was asked for twice; this is a defect of the caller")
+        try:
+            content = self._content.pop()  # atomic: of two threads only one gets it
+        except IndexError:
+            raise MaskReuseError("a one-time mask was asked for twice; this is a defect of the caller") from None
         if self._process != os.getpid():
             raise MaskReuseError("a one-time mask was drawn before a fork and is void in the new process")
         return content

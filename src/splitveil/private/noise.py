@@ -2,6 +2,8 @@
 
 import os
 import threading
+import weakref
+from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,6 +11,7 @@ from numpy.typing import NDArray
 from splitveil.lattice.sampling import discrete_gaussian
 
 BLOCK = 4096
+_alive: "weakref.WeakSet[AnswerNoise]" = weakref.WeakSet()
 
 
 class AnswerNoise:
@@ -19,9 +22,17 @@ class AnswerNoise:
 
     def __init__(self, sigma: float) -> None:
         self._sigma = sigma
+        self._empty()
+        _alive.add(self)
+
+    def _empty(self) -> None:
+        # A fork may have come while another thread held the lock, which nobody would release in the child.
         self._lock = threading.Lock()
         self._values: NDArray[np.uint32] = np.empty(0, dtype=np.uint32)
         self._process = os.getpid()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("answer noise is neither copied nor pickled: a copy would hand out the same values")
 
     def take(self, rows: int, width: int) -> NDArray[np.uint32]:
         """(rows, width) noise values mod 2^32, none of which was or will be handed out again."""
@@ -33,3 +44,11 @@ class AnswerNoise:
                 self._process = os.getpid()
             taken, self._values = self._values[:count], self._values[count:]
         return taken.reshape(rows, width).copy()
+
+
+def _after_fork_in_child() -> None:
+    for noise in list(_alive):
+        noise._empty()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

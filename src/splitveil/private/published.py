@@ -7,7 +7,6 @@ parameter set's name and the noise δ. To a client it is untrusted input: everyt
 
 import hashlib
 import json
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +24,7 @@ MAX_WIDTH = 1 << 17
 MAX_RANK = 1 << 17
 MAX_NORM_BOUND = 1 << 20
 MAX_NOISE = 10.0
+MAX_STEP = 1e30
 MAX_OUTPUTS = 64
 MAX_NAME = 512
 MAX_HEADER = 16 << 20
@@ -94,7 +94,8 @@ class Publication:
         try:
             tensors = safetensors.numpy.load(data)
         except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise PublicationError(f"the publication is not a readable safetensors file: {error}") from None
+            reason = repr(str(error)[:200])  # it may quote the file, which may hold anything
+            raise PublicationError(f"the publication is not a readable safetensors file: {reason}") from None
         if header.get("format") != FORMAT:
             raise PublicationError(f"publication format {str(header.get('format'))[:64]!r}, expected {FORMAT!r}")
         engine = header.get("engine")
@@ -153,14 +154,14 @@ def _hex(entry: dict[str, Any], key: str, size: int) -> bytes:
 def _number(entry: dict[str, Any], key: str, low: float, high: float) -> float:
     value = entry.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise PublicationError(f"publication: {key!r} must be a number from {low} to {high}, got {str(value)[:64]}")
+        raise PublicationError(f"publication: {key!r} must be a number from {low} to {high}, got {str(value)[:64]!r}")
     return float(value)
 
 
 def _integer(entry: dict[str, Any], key: str, low: int, high: int) -> int:
     value = entry.get(key)
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise PublicationError(f"publication: {key!r} must be an integer from {low} to {high}, got {str(value)[:64]}")
+        raise PublicationError(f"publication: {key!r} must be an integer from {low} to {high}, got {str(value)[:64]!r}")
     return value
 
 
@@ -207,7 +208,7 @@ def _layer(
     hint = None
     if engine == "lattice":
         hint = _tensor(tensors, f"hint.{index}", (rank, parameters.ring_degree), np.uint32)
-    step = _number(entry, "step", 0.0, 1e30)
-    if not step > 0 or not math.isfinite(step):
-        raise PublicationError(f"publication: the step of layer {index} must be positive and finite")
+    step = _number(entry, "step", 0.0, MAX_STEP)
+    if not step > 0:
+        raise PublicationError(f"publication: the step of layer {index} must be positive")
     return PublicLayer(width, rank, step, _integer(entry, "norm_bound", 1, MAX_NORM_BOUND), outputs, q, hint)

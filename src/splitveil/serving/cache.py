@@ -9,12 +9,15 @@ from pathlib import Path
 from splitveil.wire import codec
 
 
-def default_folder() -> Path:
-    """``$SPLITVEIL_CACHE``, else ``$XDG_CACHE_HOME/splitveil``, else ``~/.cache/splitveil``."""
+def default_folder() -> Path | None:
+    """``$SPLITVEIL_CACHE``, else ``$XDG_CACHE_HOME/splitveil``, else ``~/.cache/splitveil``; None without a home."""
     own = os.environ.get("SPLITVEIL_CACHE")
     if own:
         return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "splitveil"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "splitveil"
+    except RuntimeError:  # a container's user without an entry in the password file
+        return None
 
 
 class PublicationCache:
@@ -25,7 +28,9 @@ class PublicationCache:
 
     def load(self, address: str, adapter: str) -> bytes | None:
         """The publication last received from there, or None."""
-        path = self._path(address, adapter)
+        if self._folder is None:
+            return None
+        path = self._folder / _name(address, adapter)
         try:
             return path.read_bytes() if path.stat().st_size <= codec.MAX_PUBLICATION else None
         except OSError:
@@ -33,16 +38,18 @@ class PublicationCache:
 
     def store(self, address: str, adapter: str, data: bytes) -> None:
         """Keeps a publication; a folder that cannot be written to only means that nothing is kept."""
+        if self._folder is None:
+            return
         with contextlib.suppress(OSError):
             self._folder.mkdir(parents=True, exist_ok=True)
             handle, name = tempfile.mkstemp(dir=self._folder)
             try:
                 with os.fdopen(handle, "wb") as file:
                     file.write(data)
-                Path(name).replace(self._path(address, adapter))
+                Path(name).replace(self._folder / _name(address, adapter))
             finally:
                 Path(name).unlink(missing_ok=True)
 
-    def _path(self, address: str, adapter: str) -> Path:
-        name = hashlib.sha256(f"{address}\n{adapter}".encode()).hexdigest()
-        return self._folder / f"{name}.safetensors"
+
+def _name(address: str, adapter: str) -> str:
+    return hashlib.sha256(f"{address}\n{adapter}".encode()).hexdigest() + ".safetensors"

@@ -12,7 +12,7 @@ from splitveil.private.published import Publication
 from splitveil.serving.cache import PublicationCache
 from splitveil.serving.hooks import Adapted, Adapter
 from splitveil.serving.pool import DEFAULT_BYTES
-from splitveil.serving.server import require_loopback, split_address
+from splitveil.serving.server import check_adapter_name, require_loopback, split_address
 from splitveil.serving.session import Session
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -46,6 +46,7 @@ def connect(
     if api_key is not None or tls is not None:
         raise ConfigurationError("API keys and TLS are not available in this version; serve and connect on loopback")
     require_loopback(split_address(address)[0], "connect beyond loopback")
+    check_adapter_name(adapter)
     if base_model in _connected:
         raise ConfigurationError("this model is connected already; call splitveil.disconnect(model) first")
     session = Session(
@@ -78,16 +79,15 @@ def connection(model: nn.Module) -> Adapter:
 
 def locate(model: nn.Module, publication: Publication) -> list[Adapted]:
     """The base model's modules that the publication adapts. Raises ``BaseModelError`` naming what does not fit."""
+    # A look-up by name, not by attribute: the names are the server's, and attributes may be properties that do things.
+    local = dict(model.named_modules(remove_duplicate=False))
     found = []
     for index, layer in enumerate(publication.layers):
         first = 0
         for name, features in layer.outputs:
-            try:
-                module = model.get_submodule(name)
-            except AttributeError:
-                raise BaseModelError(
-                    f"the base model has no module {name}; the adapter is for another base model"
-                ) from None
+            module = local.get(name)
+            if module is None:
+                raise BaseModelError(f"the base model has no module {name}; the adapter is for another base model")
             shape = features_of(module)
             if shape is None:
                 raise BaseModelError(f"{name} is a {type(module).__name__}, not a linear module")

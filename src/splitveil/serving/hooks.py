@@ -20,6 +20,8 @@ from splitveil.private.engine import Pending, PublicHalf, Site
 from splitveil.serving.pool import MaskPool
 from splitveil.serving.session import Session
 from splitveil.serving.sites import Seen, SiteLearner
+from splitveil.serving.stream import Ticket
+from splitveil.wire import codec
 
 F32 = NDArray[np.float32]
 
@@ -36,7 +38,7 @@ class Adapted:
     features: int
 
 
-@dataclass
+@dataclass(eq=False)  # flights are told apart by identity: comparing tensors is slow and has no single truth value
 class _Flight:
     """One query under way, for one or several modules that read ``seen``."""
 
@@ -47,8 +49,8 @@ class _Flight:
     """Modules that have not taken their part yet."""
     layers: tuple[int, ...]
     site: Site
-    parts: list[tuple[int, Pending]]
-    """(number of the query, what recovery needs), for each message that the rows were cut into."""
+    parts: list[tuple[Ticket, Pending]]
+    """(claim to the answer, what recovery needs), for each message that the rows were cut into."""
     cores: dict[int, torch.Tensor] | None = None
     """layer → (rows, rank), once the answers are in."""
 
@@ -115,13 +117,14 @@ class Adapter:
 
     def _begin(self, model: nn.Module, _: Any) -> None:
         state = self._state()
-        self._drop(state)
+        # Queries whose answers nobody fetched: an interrupted pass, or a module that was skipped.
+        state.flights.clear()
         if not self._group_of:
             state.learner = SiteLearner()
 
     def _end(self, model: nn.Module, _: Any, output: Any) -> None:
         state = self._state()
-        self._drop(state)
+        state.flights.clear()
         learner, state.learner = state.learner, None
         # `output` is None when the forward pass itself failed: its own error is the one to be seen.
         if learner is None or output is None:
@@ -135,16 +138,11 @@ class Adapter:
             )
         with self._learning:
             if not self._group_of:
+                if self.pool is None:
+                    sites = [self._site(self._layers(group)) for group in learner.groups()]
+                    self.pool = MaskPool(sites, self._pool_bytes)
+                # Last: an interrupt before it means that the next pass learns again.
                 self._group_of = {name: group for group in learner.groups() for name in group}
-                sites = [self._site(self._layers(group)) for group in learner.groups()]
-                self.pool = MaskPool(sites, self._pool_bytes)
-
-    def _drop(self, state: _PerThread) -> None:
-        """Forgets queries whose answers nobody fetched: an interrupted pass, or a module that was skipped."""
-        for flight in state.flights:
-            for seq, _ in flight.parts if flight.cores is None else []:
-                self.session.abandon(seq)
-        state.flights.clear()
 
     # -- an adapted module's hooks -----------------------------------------------------------------------------------
 
@@ -197,7 +195,8 @@ class Adapter:
         if rows.shape[1] != site.width:
             raise BaseModelError(f"{m.name} received {rows.shape[1]} features, the adapter expects {site.width}")
         parts = []
-        limit = self.session.welcome.max_rows
+        # The server's limit is for one layer at a time; the answers of a whole site must fit in a message, too.
+        limit = min(self.session.welcome.max_rows, codec.max_rows(site.query_size, site.answer_size))
         for first in range(0, len(rows), limit):
             part = rows[first : first + limit]
             masks = site.make_masks(len(part)) if self.pool is None else self.pool.take(site, len(part))
@@ -207,7 +206,7 @@ class Adapter:
 
     def _receive(self, flight: _Flight) -> dict[int, torch.Tensor]:
         if flight.cores is None:
-            answers = [flight.site.recover(pending, self.session.result(seq)) for seq, pending in flight.parts]
+            answers = [flight.site.recover(pending, self.session.result(ticket)) for ticket, pending in flight.parts]
             flight.cores = {
                 layer: torch.from_numpy(
                     np.concatenate([answer[i] for answer in answers]) if len(answers) > 1 else answers[0][i]

@@ -4,7 +4,9 @@ An empty pool means computing on the spot. Masks are handed out once; a fork lea
 thread; closing drops what is left.
 """
 
+import contextlib
 import os
+import queue
 import threading
 import weakref
 from collections import deque
@@ -30,86 +32,91 @@ class MaskPool:
         self.rows_per_site = capacity // row // LANES * LANES if row else 0
         self._stock: list[deque[Mask]] = [deque() for _ in self._sites]
         self._index = {id(site): i for i, site in enumerate(self._sites)}
-        self._changed = threading.Condition()
         self._closed = False
         self._thread: threading.Thread | None = None
+        self._make_locks()
         _alive.add(self)
         if self.rows_per_site:
             self._start()
+
+    def _make_locks(self) -> None:
+        # Both are C objects, which Ctrl-C cannot leave locked, as it can a Condition.
+        self._adding = threading.Lock()
+        self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
 
     def take(self, site: Site, rows: int) -> list[Mask]:
         """``rows`` masks for a site, from the stock as far as it goes, the rest computed now."""
         index = self._index.get(id(site))
         taken: list[Mask] = []
         if index is not None:
-            with self._changed:
-                stock = self._stock[index]
-                while stock and len(taken) < rows:
+            stock = self._stock[index]
+            # popleft is atomic: of several threads, one gets a mask.
+            with contextlib.suppress(IndexError):
+                while len(taken) < rows:
                     taken.append(stock.popleft())
-                self._changed.notify()
+            self._wake.put(None)
         missing = rows - len(taken)
         if missing:
             # Eight cost little more than one, so an empty stock gets the surplus of the batch.
             made = site.make_masks(-(-missing // LANES) * LANES if self._room(index) else missing)
             taken += made[:missing]
-            if made[missing:] and index is not None:
-                with self._changed:
-                    self._stock[index].extend(made[missing:])
+            if index is not None:
+                self._keep(index, made[missing:])
         return taken
-
-    def _room(self, index: int | None) -> bool:
-        return index is not None and len(self._stock[index]) + LANES <= self.rows_per_site
 
     @property
     def size(self) -> int:
         """Bytes held now."""
-        with self._changed:
-            return sum(mask.size for stock in self._stock for mask in stock)
+        return sum(len(stock) * site.mask_size for stock, site in zip(self._stock, self._sites, strict=True))
 
     def fill(self) -> None:
         """Fills the pool before returning: for measurements, and before a burst."""
         for index, site in enumerate(self._sites):
             while self._room(index):
-                self._stock[index].extend(site.make_masks(LANES))
+                self._keep(index, site.make_masks(LANES))
+
+    def clear(self) -> None:
+        """Drops all masks; the thread begins again."""
+        with self._adding:
+            for stock in self._stock:
+                stock.clear()
+        self._wake.put(None)
 
     def close(self) -> None:
         """Stops the thread and drops the masks."""
-        with self._changed:
+        with self._adding:
             self._closed = True
             for stock in self._stock:
                 stock.clear()
-            self._changed.notify_all()
+        self._wake.put(None)
         if self._thread is not None:
             self._thread.join()
+
+    def _room(self, index: int | None) -> bool:
+        return index is not None and not self._closed and len(self._stock[index]) + LANES <= self.rows_per_site
+
+    def _keep(self, index: int, masks: Sequence[Mask]) -> None:
+        """Stocks as many of these unused masks as there is room for now: another thread may have filled it."""
+        with self._adding:
+            if not self._closed:
+                stock = self._stock[index]
+                stock.extend(masks[: self.rows_per_site - len(stock)])
 
     def _start(self) -> None:
         self._thread = threading.Thread(target=self._run, name="splitveil-masks", daemon=True)
         self._thread.start()
 
-    def _emptiest(self) -> int | None:
-        """The site with the smallest stock, if it has room for a batch."""
-        index = min(range(len(self._stock)), key=lambda i: len(self._stock[i]))
-        return index if self._room(index) else None
-
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                while not self._closed and self._emptiest() is None:
-                    self._changed.wait()
-                if self._closed:
-                    return
-                index = self._emptiest()
-            if index is None:
-                continue
-            made = self._sites[index].make_masks(LANES)
-            with self._changed:
-                if self._closed:
-                    return
-                self._stock[index].extend(made)
+        while not self._closed:
+            index = min(range(len(self._stock)), key=lambda i: len(self._stock[i]))
+            if self._room(index):
+                self._keep(index, self._sites[index].make_masks(LANES))
+            else:
+                self._wake.get()
 
     def _after_fork(self) -> None:
         # Only the forking thread lives on in the child: the lock's state is unknown, and the masks are the parent's.
-        self._changed = threading.Condition()
+        self._make_locks()
         self._stock = [deque() for _ in self._sites]
         self._thread = None
 

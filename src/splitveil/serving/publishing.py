@@ -23,7 +23,12 @@ class ServedAdapter:
     published: bytes = field(repr=False)
     digest: bytes
     max_rows: int
-    """Rows that one query may have, so that neither it nor its answer outgrows a message."""
+    """Rows that one query for one layer may have, so that neither it nor its answer outgrows a message."""
+
+    def answer_size(self, layers: Sequence[int]) -> int:
+        """Bytes of one row's answer for these layers, which must exist."""
+        word = _word(self.publication)
+        return sum(word * self.publication.layers[index].rank for index in layers)
 
 
 def layer_specs(modules: Sequence[LoraModule]) -> list[LayerSpec]:
@@ -67,6 +72,11 @@ def publish_adapter(
 
 def row_sizes(publication: Publication) -> list[tuple[int, int]]:
     """(query bytes, answer bytes) of one row of every layer on its own."""
-    word = 8 if publication.engine == "plain" else 4
+    word = _word(publication)
     pad = 0 if publication.engine == "plain" else publication.parameters.pad_width
     return [(word * (layer.width + pad), word * layer.rank) for layer in publication.layers]
+
+
+def _word(publication: Publication) -> int:
+    """Bytes of one number on the wire."""
+    return 8 if publication.engine == "plain" else 4

@@ -5,10 +5,8 @@ from os import PathLike
 from pathlib import Path
 
 from splitveil.adapters import load_adapter
-from splitveil.errors import ConfigurationError
 from splitveil.serving.publishing import publish_adapter
-from splitveil.serving.server import DEFAULT_SESSIONS, Server
-from splitveil.wire import codec
+from splitveil.serving.server import DEFAULT_SESSIONS, Server, check_adapter_name
 
 
 def serve(
@@ -28,10 +26,7 @@ def serve(
     Raises ``AdapterError`` for a folder that cannot be served, ``ConfigurationError`` for the address or the noise.
     """
     for name in adapters:
-        if not name or len(name) > codec.MAX_ADAPTER_NAME or not name.isprintable():
-            raise ConfigurationError(
-                f"adapter name {name[:32]!r} must be printable and 1 to {codec.MAX_ADAPTER_NAME} characters long"
-            )
+        check_adapter_name(name)
     published = {
         name: publish_adapter(load_adapter(Path(folder)), noise=noise, engine=engine)
         for name, folder in adapters.items()

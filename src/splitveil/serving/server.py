@@ -2,6 +2,7 @@
 
 import ipaddress
 import logging
+import re
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +22,16 @@ log = logging.getLogger(__name__)
 HELLO_SECONDS = 20.0
 DEFAULT_SESSIONS = 32
 ANONYMOUS = "anonymous"
+
+OPTIONS = [
+    *codec.GRPC_OPTIONS,
+    ("grpc.so_reuseport", 0),
+    # A client whose machine has vanished is noticed by its missing pongs.
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    # Clients do the same, through every pause of their user's; by default gRPC would end their connection for it.
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+]
 
 
 class Server:
@@ -44,11 +55,12 @@ class Server:
         if not adapters:
             raise ConfigurationError("a server needs at least one adapter: --adapter NAME=DIR")
         self._service = _Service(adapters, gate or Open(), on_query)
+        self._threads = ThreadPoolExecutor(sessions, thread_name_prefix="splitveil-session")
         self._server = grpc.server(
-            ThreadPoolExecutor(sessions, thread_name_prefix="splitveil-session"),
+            self._threads,
             handlers=[self._service],
             maximum_concurrent_rpcs=sessions,
-            options=[*codec.GRPC_OPTIONS, ("grpc.so_reuseport", 0)],
+            options=OPTIONS,
         )
         try:
             bound = self._server.add_insecure_port(f"{host}:{port}")
@@ -70,8 +82,9 @@ class Server:
         self._server.wait_for_termination()
 
     def close(self) -> None:
-        """Ends all sessions and stops listening."""
+        """Ends all sessions and stops listening; safe to call twice."""
         self._server.stop(grace=0.5).wait()
+        self._threads.shutdown(wait=False)
 
     def __enter__(self) -> "Server":
         return self
@@ -143,7 +156,7 @@ class _Service(grpc.GenericRpcHandler):
                 f"protocol version {hello.version} is not served here, only {codec.VERSION}",
             )
         if hello.key:
-            raise _Rejected(grpc.StatusCode.FAILED_PRECONDITION, "this server knows no API keys; connect without one")
+            raise _Rejected(grpc.StatusCode.UNAUTHENTICATED, "this server knows no API keys; connect without one")
         adapter = self.adapters.get(hello.adapter)
         if adapter is None:
             raise _Rejected(grpc.StatusCode.NOT_FOUND, "no adapter of that name is served here")
@@ -153,8 +166,9 @@ class _Service(grpc.GenericRpcHandler):
         """The answer, or a refusal that leaves the session open."""
         try:
             adapter.half.check(query.layers, query.rows, len(query.data))
-            if query.rows > adapter.max_rows:
-                raise ProtocolError(f"{query.rows} rows in a query; at most {adapter.max_rows} are answered")
+            limit = min(adapter.max_rows, codec.max_rows(1, adapter.answer_size(query.layers)))
+            if query.rows > limit:
+                raise ProtocolError(f"{query.rows} rows in a query; at most {limit} are answered")
             for index in query.layers:
                 module = adapter.publication.layers[index].outputs[0][0]
                 self._gate.reserve(ANONYMOUS, name, module, query.rows)
@@ -173,11 +187,20 @@ class _Rejected(Exception):  # noqa: N818 - not an error of ours: it ends a sess
         self.status = status
 
 
+def check_adapter_name(name: str) -> None:
+    """Raises ``ConfigurationError`` for a name that no adapter can have."""
+    if not name or len(name) > codec.MAX_ADAPTER_NAME or not name.isprintable():
+        raise ConfigurationError(
+            f"adapter name {name[:32]!r} must be printable and 1 to {codec.MAX_ADAPTER_NAME} characters long"
+        )
+
+
 def split_address(address: str) -> tuple[str, int]:
-    """("host", port) of "host:port". Raises ``ConfigurationError``."""
-    host, colon, port = address.rpartition(":")
-    if not colon or not host or not port.isdigit() or int(port) > 65535:
-        raise ConfigurationError(f"address {address!r} is not HOST:PORT, such as 127.0.0.1:7433")
+    """("host", port) of "host:port"; an IPv6 host is in brackets, and stays so. Raises ``ConfigurationError``."""
+    host, _, port = address.rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]")
+    if not host or (":" in host and not bracketed) or not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65535:
+        raise ConfigurationError(f"address {address!r} is not HOST:PORT, such as 127.0.0.1:7433 or [::1]:7433")
     return host, int(port)
 
 
@@ -185,7 +208,7 @@ def require_loopback(host: str, purpose: str) -> None:
     """Raises ``ConfigurationError`` unless every address that ``host`` resolves to is of this machine alone."""
     try:
         found = {entry[4][0] for entry in socket.getaddrinfo(host.strip("[]"), None)}
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a name that no resolver would take
         raise ConfigurationError(f"host {host!r} is not known; try 127.0.0.1") from None
     if not all(ipaddress.ip_address(str(address).partition("%")[0]).is_loopback for address in found):
         raise ConfigurationError(f"refusing to {purpose} ({host}) without TLS, which this version does not offer yet")

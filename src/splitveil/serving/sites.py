@@ -15,7 +15,7 @@ import torch
 _OPEN = 4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Seen:
     """A tensor at one moment: the object itself, held so that its identity is not given to another, and its version."""
 

@@ -1,0 +1,52 @@
+# `make demo` and `make test` are all that a newcomer needs; both set up what they need first.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+
+.PHONY: help setup demo test check format bench proto clean
+
+help:
+	@echo "make demo    see a private adapter answer, on this machine (sets up on first use)"
+	@echo "make test    run all tests"
+	@echo "make check   lint, formatting, strict types, import rules"
+	@echo "make bench   measure speed and size, both sides in one run"
+	@echo "make format  format the code"
+
+setup: $(READY)
+
+# Importing the private layer compiles its kernels and caches them on disk, so that no later command does.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -c 'import splitveil.private.layer'
+	touch $(READY)
+
+demo: setup
+	$(BIN)/splitveil demo
+
+# One worker a core, one torch thread a worker.
+test: setup
+	$(BIN)/python -m pytest -n 2
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_architecture.py
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(BIN)/splitveil bench
+
+# The generated module is committed; this makes it anew after a change of the .proto file.
+proto: setup
+	$(BIN)/python -m grpc_tools.protoc -Isrc --python_out=src --pyi_out=src splitveil/wire/adapter.proto
+
+clean:
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

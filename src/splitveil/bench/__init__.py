@@ -1,0 +1,1 @@
+"""Measurements of speed and size, one file a claim; both sides in one run, medians and ratios."""

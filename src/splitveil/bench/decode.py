@@ -1,0 +1,158 @@
+"""Whole tokens: decoding with a private adapter beside plaintext PEFT, unmerged and merged, over a socket.
+
+The server runs in another process on the same cores. Three states of the mask pool are told apart: *cold* (empty at the
+start), *burst* (full at the start), and *sustained* (at least four times the pool's capacity in one go).
+"""
+
+import contextlib
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from splitveil.serving.connect import connect, connection, disconnect
+
+PROMPT = 16
+BURST = 48
+COLD = 16
+
+
+@dataclass(frozen=True)
+class DecodeResult:
+    """Median milliseconds a token, and the private side's share of bytes."""
+
+    dtype: str
+    tokens: int
+    pool_rows: int
+    private_ms: float
+    unmerged_ms: float
+    merged_ms: float
+    cold_ms: float
+    burst_ms: float
+    bytes_per_token: float
+    identical: float
+    """Share of the sustained run's tokens that equal the unmerged run's."""
+
+
+def qwen2_half_billion(dtype: torch.dtype, weights: dict[str, torch.Tensor] | None = None) -> Any:
+    """A model of Qwen2-0.5B's shape: with random weights, or sharing those of another one."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(
+        vocab_size=151936,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(config).to(dtype)
+    if weights is not None:
+        model.load_state_dict(weights, assign=True)
+        model.tie_weights()
+    return model.eval()
+
+
+def with_adapter(model: Any, rank: int, targets: list[str]) -> Any:
+    """The same weights behind plaintext PEFT, with a random adapter of visible size."""
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(
+        model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM")
+    )
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+    return adapted.eval()
+
+
+def decode(model: Any, count: int) -> tuple[list[float], list[int]]:
+    """Greedy tokens one by one after a fixed prompt: seconds of each, and the tokens."""
+    ids = torch.arange(1, PROMPT + 1).reshape(1, -1)
+    seconds, tokens = [], []
+    with torch.inference_mode():
+        output = model(input_ids=ids, use_cache=True)
+        for _ in range(count):
+            ids = output.logits[:, -1:].argmax(-1)
+            tokens.append(int(ids))
+            begun = time.perf_counter()
+            output = model(input_ids=ids, past_key_values=output.past_key_values, use_cache=True)
+            seconds.append(time.perf_counter() - begun)
+    return seconds, tokens
+
+
+def measure(dtype: torch.dtype, *, pool_bytes: int = 12 << 20, rounds: int = 2, threads: int = 2) -> DecodeResult:
+    """Measures one dtype: private, unmerged and merged in turn, ``rounds`` times."""
+    torch.set_num_threads(threads)
+    private = qwen2_half_billion(dtype)
+    # A merged adapter is the base model with other numbers: the base itself costs exactly the same.
+    merged = qwen2_half_billion(dtype, private.state_dict())
+    unmerged = with_adapter(qwen2_half_billion(dtype, private.state_dict()), 8, ["q_proj", "v_proj"])
+    with tempfile.TemporaryDirectory() as folder, served(unmerged, Path(folder), threads) as address:
+        connect(private, address, "bench", pool_bytes=pool_bytes)
+        try:
+            decode(private, 2)
+            adapter = connection(private)
+            pool = adapter.pool
+            if pool is None:
+                raise RuntimeError("no mask pool")
+            count = 4 * pool.rows_per_site + PROMPT
+            taken: dict[str, list[float]] = {"private": [], "unmerged": [], "merged": [], "burst": [], "cold": []}
+            same = []
+            for _ in range(rounds):
+                pool.clear()
+                taken["cold"] += decode(private, COLD)[0]
+                pool.fill()
+                taken["burst"] += decode(private, BURST)[0]
+                sent = adapter.session.traffic.sent + adapter.session.traffic.received
+                seconds, tokens = decode(private, count)
+                used = adapter.session.traffic.sent + adapter.session.traffic.received - sent
+                taken["private"] += seconds
+                seconds, expected = decode(unmerged, count)
+                taken["unmerged"] += seconds
+                same.append(np.mean(np.array(tokens) == np.array(expected)))
+                taken["merged"] += decode(merged, count)[0]
+        finally:
+            disconnect(private)
+    ms = {name: float(np.median(values)) * 1e3 for name, values in taken.items()}
+    return DecodeResult(
+        str(dtype).removeprefix("torch."),
+        count,
+        pool.rows_per_site,
+        ms["private"],
+        ms["unmerged"],
+        ms["merged"],
+        ms["cold"],
+        ms["burst"],
+        used / (count + PROMPT),
+        float(np.mean(same)),
+    )
+
+
+@contextlib.contextmanager
+def served(adapted: Any, folder: Path, threads: int) -> Iterator[str]:
+    """Saves the adapter and serves it from another process; yields the address."""
+    adapted.save_pretrained(folder)
+    command = [sys.executable, "-m", "splitveil", "serve", "--adapter", f"bench={folder}", "--listen", "127.0.0.1:0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        for line in process.stdout or ():
+            if line.startswith("listening on "):
+                yield line.split()[2]
+                break
+        else:
+            raise RuntimeError("the server process ended early")
+    finally:
+        process.terminate()
+        process.wait()

@@ -1,0 +1,237 @@
+"""One gRPC stream to a server: queries go out numbered, and every answer goes to whoever waits for it.
+
+Once a session is open, only the stream's own threads touch gRPC: one numbers and sends, one receives. Ctrl-C, which
+Python raises in the main thread between any two instructions, can therefore neither leave a gap in the numbers nor a
+half-done read, and every wait has an end: a server that falls silent is given up.
+"""
+
+import contextlib
+import os
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+from splitveil.errors import (
+    ConnectionFailedError,
+    ProtocolError,
+    RefusedError,
+    SplitveilError,
+    UnknownAdapterError,
+    VersionError,
+)
+from splitveil.wire import codec
+
+CONNECT_SECONDS = 20.0
+"""For the server's first message, and for every piece of a publication."""
+ANSWER_SECONDS = 120.0
+"""Without any message from the server while an answer is due; then the server counts as dead."""
+POLL_SECONDS = 1.0
+
+OPTIONS = [
+    *codec.GRPC_OPTIONS,
+    # A peer that stops reacting without closing the connection is noticed by its missing pongs.
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    # A proxy named in the environment is for the web; an address on this machine is reached directly.
+    ("grpc.enable_http_proxy", 0),
+    # A session is a connection of its own: the trouble of one, and its waits before reconnecting, are not another's.
+    ("grpc.use_local_subchannel_pool", 1),
+]
+
+
+@dataclass
+class Traffic:
+    """Bytes of all messages, the publication's included, and queries and rows asked for, so far."""
+
+    sent: int = 0
+    received: int = 0
+    queries: int = 0
+    rows: int = 0
+
+
+class Ticket:
+    """Held by whoever waits for the answer to one query."""
+
+    __slots__ = ("arrived", "message")
+
+    def __init__(self) -> None:
+        self.message: codec.Answer | codec.Refusal | None = None
+        self.arrived = threading.Lock()
+        self.arrived.acquire()
+
+
+class Stream:
+    """A stream that begins with ``hello``. First ``receive`` the welcome and the publication, then ``start_answers``.
+
+    Whatever goes wrong is one of Splitveil's errors, and stays: a broken stream raises the same at every later call.
+    """
+
+    def __init__(self, address: str, hello: codec.Hello) -> None:
+        self.traffic = Traffic()
+        self._address = address
+        self._process = os.getpid()
+        self._outgoing: queue.SimpleQueue[tuple[Ticket, tuple[int, ...], int, bytes] | None] = queue.SimpleQueue()
+        self._due: deque[Ticket] = deque()
+        self._welcomed = False
+        self._late = False
+        self._heard = 0.0
+        self._failure: SplitveilError | None = None
+        self._reader: threading.Thread | None = None
+        self._channel = grpc.insecure_channel(address, options=OPTIONS)
+        method: Any = self._channel.stream_stream(codec.METHOD)
+        self._call: Any = method(self._requests(hello))
+
+    def receive(self) -> codec.Welcome | codec.Chunk | codec.Answer | codec.Refusal:
+        """The next message, within ``CONNECT_SECONDS``; before ``start_answers`` only."""
+        timer = threading.Timer(CONNECT_SECONDS, self._give_up)
+        timer.daemon = True
+        timer.start()
+        try:
+            message = self._receive()
+        finally:
+            timer.cancel()
+        self._welcomed = True
+        return message
+
+    def start_answers(self) -> None:
+        """From now on the server may only answer."""
+        self._reader = threading.Thread(target=self._read, name="splitveil-answers", daemon=True)
+        self._reader.start()
+
+    def submit(self, layers: tuple[int, ...], rows: int, data: bytes) -> Ticket:
+        """Sends one query."""
+        if self._process != os.getpid():
+            raise ConnectionFailedError("a connection does not survive a fork; connect again in the new process")
+        self._raise_failure()
+        ticket = Ticket()
+        self._outgoing.put((ticket, layers, rows, data))
+        return ticket
+
+    def wait(self, ticket: Ticket) -> codec.Answer | codec.Refusal:
+        """The answer to a query, once."""
+        waited = 0.0
+        while not ticket.arrived.acquire(timeout=POLL_SECONDS):
+            # Normally a failure wakes all that wait; this look is for a query handed in while it happened.
+            self._raise_failure()
+            waited += POLL_SECONDS
+            if min(waited, time.monotonic() - self._heard) >= ANSWER_SECONDS:
+                self._fail(ConnectionFailedError(f"the server at {self._address} no longer answers"))
+        if ticket.message is None:
+            self._raise_failure()
+            raise ConnectionFailedError(f"the session with {self._address} is over")
+        return ticket.message
+
+    def close(self) -> None:
+        """Ends the stream and its threads; safe to call twice."""
+        self._fail(ConnectionFailedError(f"the session with {self._address} is closed; connect again"))
+        self._channel.close()
+        if self._reader is not None:
+            self._reader.join()
+
+    # -- the stream's own threads ------------------------------------------------------------------------------------
+
+    def _requests(self, hello: codec.Hello) -> Iterator[bytes]:
+        """What gRPC sends, in a thread of its own."""
+        yield self._counted(codec.encode_client(hello))
+        while (item := self._outgoing.get()) is not None:
+            ticket, layers, rows, data = item
+            self._due.append(ticket)
+            self.traffic.queries += 1
+            self.traffic.rows += rows
+            yield self._counted(codec.encode_client(codec.Query(self.traffic.queries, layers, rows, data)))
+
+    def _counted(self, data: bytes) -> bytes:
+        self.traffic.sent += len(data)
+        return data
+
+    def _read(self) -> None:
+        seq = 0
+        try:
+            while True:
+                message = self._receive()
+                seq += 1
+                if not isinstance(message, codec.Answer | codec.Refusal) or message.seq != seq or not self._due:
+                    raise ProtocolError("the server sent something that is not the answer to the next query")
+                ticket = self._due.popleft()
+                ticket.message = message
+                ticket.arrived.release()
+        except SplitveilError as error:
+            self._fail(error)
+
+    def _receive(self) -> codec.Welcome | codec.Chunk | codec.Answer | codec.Refusal:
+        try:
+            data = next(self._call)
+        except StopIteration:
+            raise ConnectionFailedError(f"the server at {self._address} ended the session") from None
+        except grpc.RpcError as error:
+            raise self._translate(error) from None
+        self._heard = time.monotonic()
+        self.traffic.received += len(data)
+        return codec.decode_server(data)
+
+    # -- failures ----------------------------------------------------------------------------------------------------
+
+    def _give_up(self) -> None:
+        self._late = True
+        self._call.cancel()
+
+    def _fail(self, error: SplitveilError) -> None:
+        """The end: the first error is kept, everybody who waits is woken, gRPC's sending thread ends."""
+        if self._failure is None:
+            self._failure = error
+        with contextlib.suppress(queue.Empty):
+            while True:
+                item = self._outgoing.get_nowait()
+                if item is not None:
+                    item[0].arrived.release()
+        self._outgoing.put(None)
+        with contextlib.suppress(IndexError):
+            while True:
+                self._due.popleft().arrived.release()
+        self._call.cancel()
+
+    def _raise_failure(self) -> None:
+        # A new exception each time: several threads may raise it, each with a traceback of its own.
+        if self._failure is not None:
+            raise type(self._failure)(*self._failure.args)
+
+    def _translate(self, error: Any) -> SplitveilError:
+        """A gRPC status as an error of ours."""
+        server = f"the server at {self._address}"
+        status, details = error.code(), printable(error.details() or "")
+        if self._late:
+            status = grpc.StatusCode.UNAVAILABLE
+        match status:
+            case grpc.StatusCode.NOT_FOUND:
+                return UnknownAdapterError(f"{server}: {details}")
+            case grpc.StatusCode.FAILED_PRECONDITION:
+                return VersionError(f"{server}: {details}")
+            case grpc.StatusCode.UNAUTHENTICATED | grpc.StatusCode.PERMISSION_DENIED:
+                return RefusedError(f"{server} refuses: {details}")
+            case grpc.StatusCode.INVALID_ARGUMENT:
+                return ProtocolError(f"{server} rejected a message: {details}")
+            case grpc.StatusCode.RESOURCE_EXHAUSTED if "larger than max" in details:
+                return ProtocolError(f"a message to or from {self._address} is over {codec.MAX_MESSAGE} bytes")
+            case grpc.StatusCode.RESOURCE_EXHAUSTED:
+                return RefusedError(f"{server} has too many sessions open; try again later")
+        if self._welcomed:
+            return ConnectionFailedError(
+                f"the connection to {self._address} broke ({status.name.lower()}); is the server still running?"
+            )
+        if status is grpc.StatusCode.UNAVAILABLE:
+            return ConnectionFailedError(
+                f"no Splitveil server answers at {self._address}: is `splitveil serve` running there, and is the port "
+                "right?"
+            )
+        return ConnectionFailedError(f"what answers at {self._address} is not a Splitveil server")
+
+
+def printable(text: str) -> str:
+    """A text from the other side as it may be shown on a terminal: bounded, no control characters."""
+    return "".join(c if c.isprintable() else "?" for c in text[: codec.MAX_TEXT])
