@@ -11,7 +11,6 @@ import argparse
 import functools
 import json
 import math
-import os
 import time
 from pathlib import Path
 
@@ -75,7 +74,7 @@ def encode(documents: list[str], tokenizer: PreTrainedTokenizerFast) -> np.ndarr
 
 
 def windows(stream: np.ndarray, step: int, length: int) -> torch.Tensor:
-    """The batch of a given step: (BATCH_TOKENS // length, length) ids, a function of the step alone, hence resumable."""
+    """The batch of a step: (BATCH_TOKENS // length, length) ids, a function of the step alone, hence resumable."""
     per_epoch = len(stream) // length - 1
     batch = BATCH_TOKENS // length
     out = np.empty((batch, length), dtype=np.int64)
@@ -192,7 +191,7 @@ def main() -> None:
             print(json.dumps(row), file=log, flush=True)
             saved = {"model": model.state_dict(), "optimisers": [o.state_dict() for o in steps], "step": step + 1}
             torch.save(saved, work / "checkpoint.tmp")
-            os.replace(work / "checkpoint.tmp", checkpoint)
+            (work / "checkpoint.tmp").replace(checkpoint)
     model.half().save_pretrained(result)
 
 
