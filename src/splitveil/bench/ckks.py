@@ -165,7 +165,7 @@ class CkksLayer:
         return groups
 
     def _product(self, vector: Any, groups: list[list[tuple[int, Any]]]) -> Any:
-        """Sum over the diagonals of diagonal times rotated vector, rescaled; rescaling first makes giant steps cheaper."""
+        """Sum of diagonals times rotated vectors, rescaled; giant steps come after rescaling, which is cheaper."""
         needed = {baby for group in groups for baby, _ in group}
         rotated = {baby: self._rotated(vector, baby) for baby in needed}
         terms = []

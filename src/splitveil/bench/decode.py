@@ -99,32 +99,40 @@ def measure(dtype: torch.dtype, *, pool_bytes: int = 12 << 20, rounds: int = 2, 
     # A merged adapter is the base model with other numbers: the base itself costs exactly the same.
     merged = qwen2_half_billion(dtype, private.state_dict())
     unmerged = with_adapter(qwen2_half_billion(dtype, private.state_dict()), 8, ["q_proj", "v_proj"])
-    with tempfile.TemporaryDirectory() as folder, served(unmerged, Path(folder), threads) as address:
-        connect(private, address, "bench", pool_bytes=pool_bytes)
-        try:
-            decode(private, 2)
-            adapter = connection(private)
-            pool = adapter.pool
-            if pool is None:
-                raise RuntimeError("no mask pool")
-            count = 4 * pool.rows_per_site + PROMPT
-            taken: dict[str, list[float]] = {"private": [], "unmerged": [], "merged": [], "burst": [], "cold": []}
-            same = []
-            for _ in range(rounds):
-                pool.clear()
-                taken["cold"] += decode(private, COLD)[0]
-                pool.fill()
-                taken["burst"] += decode(private, BURST)[0]
-                sent = adapter.session.traffic.sent + adapter.session.traffic.received
-                seconds, tokens = decode(private, count)
-                used = adapter.session.traffic.sent + adapter.session.traffic.received - sent
-                taken["private"] += seconds
-                seconds, expected = decode(unmerged, count)
-                taken["unmerged"] += seconds
-                same.append(np.mean(np.array(tokens) == np.array(expected)))
-                taken["merged"] += decode(merged, count)[0]
-        finally:
-            disconnect(private)
+    with tempfile.TemporaryDirectory() as folder:
+        unmerged.save_pretrained(folder)
+        with served(Path(folder)) as address:
+            return _in_turn(private, unmerged, merged, address, pool_bytes, rounds, dtype)
+
+
+def _in_turn(
+    private: Any, unmerged: Any, merged: Any, address: str, pool_bytes: int, rounds: int, dtype: torch.dtype
+) -> DecodeResult:
+    connect(private, address, "bench", pool_bytes=pool_bytes)
+    try:
+        decode(private, 2)
+        adapter = connection(private)
+        pool = adapter.pool
+        if pool is None:
+            raise RuntimeError("no mask pool")
+        count = 4 * pool.rows_per_site + PROMPT
+        taken: dict[str, list[float]] = {"private": [], "unmerged": [], "merged": [], "burst": [], "cold": []}
+        same = []
+        for _ in range(rounds):
+            pool.clear()
+            taken["cold"] += decode(private, COLD)[0]
+            pool.fill()
+            taken["burst"] += decode(private, BURST)[0]
+            sent = adapter.session.traffic.sent + adapter.session.traffic.received
+            seconds, tokens = decode(private, count)
+            used = adapter.session.traffic.sent + adapter.session.traffic.received - sent
+            taken["private"] += seconds
+            seconds, expected = decode(unmerged, count)
+            taken["unmerged"] += seconds
+            same.append(np.mean(np.array(tokens) == np.array(expected)))
+            taken["merged"] += decode(merged, count)[0]
+    finally:
+        disconnect(private)
     ms = {name: float(np.median(values)) * 1e3 for name, values in taken.items()}
     return DecodeResult(
         str(dtype).removeprefix("torch."),
@@ -141,9 +149,8 @@ def measure(dtype: torch.dtype, *, pool_bytes: int = 12 << 20, rounds: int = 2, 
 
 
 @contextlib.contextmanager
-def served(adapted: Any, folder: Path, threads: int) -> Iterator[str]:
-    """Saves the adapter and serves it from another process; yields the address."""
-    adapted.save_pretrained(folder)
+def served(folder: Path) -> Iterator[str]:
+    """Serves an adapter folder as "bench" from another process; yields the address."""
     command = [sys.executable, "-m", "splitveil", "serve", "--adapter", f"bench={folder}", "--listen", "127.0.0.1:0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-NAMES = ("layer", "ckks", "decode")
+NAMES = ("layer", "transport", "ckks", "decode")
 
 
 @click.command()
@@ -19,9 +19,10 @@ def bench(names: tuple[str, ...], as_json: bool, dtypes: tuple[str, ...], rounds
     """Measure speed and size on this machine; NAMES chooses, all are run without one.
 
     \b
-    layer   one private LoRA layer of several shapes: microseconds, bytes, error
-    ckks    the same layer beside SEAL's CKKS (pip install 'splitveil[bench]')
-    decode  whole tokens of a model of Qwen2-0.5B's shape, beside plaintext PEFT (10 minutes, 7 GB)
+    layer      one private LoRA layer of several shapes: microseconds, bytes, error
+    transport  one round trip over a socket to a server process
+    ckks       the same layer beside SEAL's CKKS (pip install 'splitveil[bench]')
+    decode     whole tokens of a model of Qwen2-0.5B's shape, beside plaintext PEFT (10 minutes, 7 GB)
 
     Medians of alternating runs; the machine should be otherwise idle. Tables are Markdown.
     """
@@ -32,12 +33,23 @@ def bench(names: tuple[str, ...], as_json: bool, dtypes: tuple[str, ...], rounds
     if not as_json:
         click.echo(f"{results['date']}, {results['machine']}\n")
     for name in chosen:
-        rows = {"layer": _layer, "ckks": _ckks, "decode": lambda: _decode(dtypes, rounds)}[name]()
+        rows = _measure(name, dtypes, rounds)
         results[name] = rows
         if not as_json:
             _table(name, rows)
     if as_json:
         click.echo(json.dumps(results))
+
+
+def _measure(name: str, dtypes: tuple[str, ...], rounds: int) -> list[dict[str, Any]]:
+    match name:
+        case "layer":
+            return _layer()
+        case "transport":
+            return _transport()
+        case "ckks":
+            return _ckks()
+    return _decode(dtypes, rounds)
 
 
 def _layer() -> list[dict[str, Any]]:
@@ -63,6 +75,12 @@ def _layer_row(result: Any) -> dict[str, Any]:
         "relative error": result.error,
         "published bytes": result.publication_bytes,
     }
+
+
+def _transport() -> list[dict[str, Any]]:
+    from splitveil.bench.transport import measure
+
+    return measure()
 
 
 def _ckks() -> list[dict[str, Any]]:
