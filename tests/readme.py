@@ -1,7 +1,6 @@
 """Runs every command and every Python block of the README, in order, as a newcomer would: ``python tests/readme.py``.
 
-The ``make`` commands are left to the caller. Bash blocks share one shell, so that a server started in one is there in the
-next.
+The ``make`` commands are left to the caller. Bash blocks share one shell: a server started in one is there in the next.
 """
 
 import re

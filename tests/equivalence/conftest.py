@@ -16,7 +16,7 @@ def one_thread_and_own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterat
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module", params=["lattice", "plain"])
+@pytest.fixture(params=["lattice", "plain"])
 def engine(request: pytest.FixtureRequest) -> str:
     """Both engines: what fails with "plain" too is not the encryption's fault."""
     return request.param

@@ -25,6 +25,8 @@ from splitveil.serving.connect import connect, connection, disconnect
 QUESTION = "What are the symptoms of anemia?"
 NEW_TOKENS = 80
 REPEATS = 3
+# Greedy, for every model alike; without the penalty so small a model repeats itself.
+DECODING: dict[str, Any] = {"do_sample": False, "repetition_penalty": 1.3}
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def demonstrate(question: str = QUESTION, new_tokens: int = NEW_TOKENS) -> Demon
     def load() -> Any:
         return AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32, local_files_only=True).eval()
 
-    ids = tokenizer(f"{tokenizer.bos_token}Question: {question}\nAnswer:", return_tensors="pt")["input_ids"]
+    ids = tokenizer(f"Question: {question}\nAnswer:", return_tensors="pt")["input_ids"]
     model = load()
     base_reply, _ = _replies(model, model, ids, new_tokens, tokenizer)
     with warnings.catch_warnings():
@@ -92,10 +94,10 @@ def demonstrate(question: str = QUESTION, new_tokens: int = NEW_TOKENS) -> Demon
         try:
             adapter = connection(model)
             traffic = adapter.session.traffic
-            model.generate(ids, max_new_tokens=2, do_sample=False)  # which modules share a tensor is learned here
+            model.generate(ids, max_new_tokens=2, **DECODING)  # which modules share a tensor is learned here
             before = copy.copy(traffic)
             with _capture(model, adapter.groups[0][0], captured):
-                model.generate(ids, max_new_tokens=new_tokens, do_sample=False)
+                model.generate(ids, max_new_tokens=new_tokens, **DECODING)
             rows, sent, received = (
                 traffic.rows - before.rows,
                 traffic.sent - before.sent,
@@ -140,7 +142,7 @@ def _replies(first: Any, second: Any, ids: torch.Tensor, new_tokens: int, tokeni
     for _ in range(REPEATS + 1):
         for i, model in enumerate((first, second)):
             begun = time.perf_counter()
-            output = model.generate(input_ids=ids, max_new_tokens=new_tokens, do_sample=False)
+            output = model.generate(input_ids=ids, max_new_tokens=new_tokens, **DECODING)
             seconds[i].append(time.perf_counter() - begun)
             new[i] = output[0, ids.shape[1] :].tolist()
     # The first run of each warms up and does not count.

@@ -21,7 +21,7 @@ def show(d: Demonstration, console: Console) -> None:
             ]
         )
     )
-    console.print("[dim]Both are a 5-million-parameter model's words. This is no medical advice.[/dim]")
+    console.print("[dim]Words of a model of five million parameters, decoded greedily. No medical advice.[/dim]")
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column()

@@ -38,7 +38,8 @@ class Adapted:
     features: int
 
 
-@dataclass(eq=False)  # flights are told apart by identity: comparing tensors is slow and has no single truth value
+# Told apart by identity: comparing tensors is slow and has no single truth value. Never printed: it holds activations.
+@dataclass(eq=False, repr=False)
 class _Flight:
     """One query under way, for one or several modules that read ``seen``."""
 

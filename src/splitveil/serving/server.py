@@ -6,7 +6,7 @@ import re
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from types import TracebackType
 from typing import Any
 
@@ -55,9 +55,9 @@ class Server:
         if not adapters:
             raise ConfigurationError("a server needs at least one adapter: --adapter NAME=DIR")
         self._service = _Service(adapters, gate or Open(), on_query)
-        self._threads = ThreadPoolExecutor(sessions, thread_name_prefix="splitveil-session")
+        threads: Any = _Threads()  # gRPC asks for a ThreadPoolExecutor, and calls ``submit`` alone
         self._server = grpc.server(
-            self._threads,
+            threads,
             handlers=[self._service],
             maximum_concurrent_rpcs=sessions,
             options=OPTIONS,
@@ -84,7 +84,6 @@ class Server:
     def close(self) -> None:
         """Ends all sessions and stops listening; safe to call twice."""
         self._server.stop(grace=0.5).wait()
-        self._threads.shutdown(wait=False)
 
     def __enter__(self) -> "Server":
         return self
@@ -93,6 +92,27 @@ class Server:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class _Threads(Executor):
+    """A thread a session; how many there are is limited by gRPC.
+
+    Unlike those of a ``ThreadPoolExecutor`` they end with their session, and a program that ends without closing its
+    server is not kept alive by them.
+    """
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Runs the call in a thread of its own."""
+        future: Future[Any] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(fn(*args, **kwargs))
+            except BaseException as error:  # noqa: BLE001 - whose it is, the future's reader decides
+                future.set_exception(error)
+
+        threading.Thread(target=run, name="splitveil-session", daemon=True).start()
+        return future
 
 
 class _Service(grpc.GenericRpcHandler):

@@ -6,7 +6,7 @@ changes the cost and not the result: whoever receives another tensor than expect
 """
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -19,7 +19,7 @@ _OPEN = 4
 class Seen:
     """A tensor at one moment: the object itself, held so that its identity is not given to another, and its version."""
 
-    tensor: torch.Tensor
+    tensor: torch.Tensor = field(repr=False)
     version: int | None
 
     @classmethod

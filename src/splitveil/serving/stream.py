@@ -216,8 +216,8 @@ class Stream:
                 return RefusedError(f"{server} refuses: {details}")
             case grpc.StatusCode.INVALID_ARGUMENT:
                 return ProtocolError(f"{server} rejected a message: {details}")
-            case grpc.StatusCode.RESOURCE_EXHAUSTED if "larger than max" in details:
-                return ProtocolError(f"a message to or from {self._address} is over {codec.MAX_MESSAGE} bytes")
+            case grpc.StatusCode.RESOURCE_EXHAUSTED if "larger than max" in details or "metadata size" in details:
+                return ProtocolError(f"a message to or from {self._address} is over the limit of its size")
             case grpc.StatusCode.RESOURCE_EXHAUSTED:
                 return RefusedError(f"{server} has too many sessions open; try again later")
         if self._welcomed:

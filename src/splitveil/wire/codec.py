@@ -173,7 +173,7 @@ def _parse(parsed: pb.ClientMessage | pb.ServerMessage, data: bytes) -> None:
     _limit("message", len(data), MAX_MESSAGE)
     try:
         parsed.ParseFromString(data)
-    except DecodeError:
+    except (DecodeError, ValueError):  # ValueError: a text that is not UTF-8, where protobuf runs without its C part
         raise ProtocolError("a message that is not of the wire format (truncated, or another protocol)") from None
 
 
