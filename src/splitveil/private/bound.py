@@ -1,6 +1,7 @@
 """The no-wrap bound: how large a query may be so that no answer exceeds the modulus (protocol design, section 3).
 
-|⟨C_j, x̂⟩| ≤ ρ‖x̂‖₂, and the noises stay within 8 σ except with probability below 2^-49 per answer coordinate.
+|⟨C_j, x̂⟩| ≤ ρ‖x̂‖₂, and the noises stay within 8 σ except with probability 2^-49 per answer coordinate, by the
+    Gaussian tail (2^-45 by the sub-Gaussian bound, which is proven for a sum like this).
 """
 
 import math

@@ -67,7 +67,7 @@ class PrivateLinear:
         bias = None
         if isinstance(linear, tuple):
             a, b = (_matrix(m) for m in linear)
-            if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+            if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or 0 in (*a.shape, *b.shape):
                 raise ConfigurationError(f"A (r, d_in) and B (d_out, r) are needed, got {a.shape} and {b.shape}")
             spec = LayerSpec(a, b, scale, (("linear", b.shape[0]),))
         else:
