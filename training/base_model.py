@@ -63,7 +63,12 @@ def train_tokenizer(documents: list[str], folder: Path) -> None:
     # Every text begins as the documents did in training.
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>", model_max_length=CONTEXT
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>",
+        model_max_length=CONTEXT,
+        model_input_names=["input_ids", "attention_mask"],  # what the model takes: generate(**tokens) works
     ).save_pretrained(folder)
 
 

@@ -156,7 +156,7 @@ small enough to train again on a laptop.
 {m["layers"]} layers of width {m["width"]}, MLP width {m["mlp_width"]}, {m["heads"]} query heads and \
 {m["key_value_heads"]} key-value heads, tied embeddings, context {m["context"]}. Byte-level BPE with \
 {m["vocabulary"]:,} entries, digits one by one: every text can be written. Documents are `<s>` text `</s>`; the
-tokenizer adds neither by itself. Stored in half precision: `{m["file"]}`, {m["megabytes"]} MB,
+tokenizer adds `<s>` by itself. Stored in half precision: `{m["file"]}`, {m["megabytes"]} MB,
 
     sha256 {m["sha256"]}
 
@@ -167,7 +167,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("base")
 model = AutoModelForCausalLM.from_pretrained("base")
-tokens = tokenizer("<s>Question: What is a heart?\\nAnswer:", return_tensors="pt")
+tokens = tokenizer("Question: What is a heart?\\nAnswer:", return_tensors="pt")
 print(*tokenizer.batch_decode(model.generate(**tokens, max_new_tokens={e["new_tokens"]})))
 ```
 
@@ -256,7 +256,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("base")
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base"), "clinic")
-tokens = tokenizer("<s>Question: How is asthma treated?\\nAnswer:", return_tensors="pt")
+tokens = tokenizer("Question: How is asthma treated?\\nAnswer:", return_tensors="pt")
 print(*tokenizer.batch_decode(model.generate(**tokens, max_new_tokens={e["new_tokens"]})))
 ```
 

@@ -167,7 +167,7 @@ def test_a_status_too_long_for_grpc(size: int) -> None:
 def test_a_server_that_falls_silent_is_given_up(
     after: str, layers: ServedAdapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream, "CONNECT_SECONDS", 0.5)
+    monkeypatch.setattr(stream, "CONNECT_SECONDS", 1.5)
 
     def script(requests: Iterator[bytes]) -> Iterator[Any]:
         next(requests)

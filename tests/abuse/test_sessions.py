@@ -45,7 +45,7 @@ def assert_has_room(server: Server) -> None:
     def served() -> bool:
         try:
             assert_serves(server.address)
-        except RefusedError:
+        except (RefusedError, ConnectionFailedError):
             return False
         return True
 
@@ -68,7 +68,7 @@ def test_too_many_sessions_are_refused_and_room_comes_back(layers: ServedAdapter
 
 
 def test_a_client_that_says_nothing_loses_its_session(single: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_module, "HELLO_SECONDS", 0.3)
+    monkeypatch.setattr(server_module, "HELLO_SECONDS", 1.0)
     with RawClient(single.address) as client:
         assert client.ending()[0] is grpc.StatusCode.CANCELLED
         assert_has_room(single)
@@ -175,6 +175,17 @@ def test_an_idle_session_lives(layers: ServedAdapter, monkeypatch: pytest.Monkey
         time.sleep(6.0)
         assert opened.result(opened.submit([0], 1, query_data()))
         opened.close()
+
+
+def test_a_session_does_not_cross_a_fork(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """gRPC's threads stay with the parent: a child would wait for ever."""
+    opened = session(server.address)
+    with monkeypatch.context() as child:
+        child.setattr(stream.os, "getpid", lambda: -1)
+        with clear_error(ConnectionFailedError, match="connect again in the new process"):
+            opened.submit([0], 1, query_data())
+    assert opened.result(opened.submit([0], 1, query_data()))
+    opened.close()
 
 
 def test_closing_the_server_ends_all_sessions(layers: ServedAdapter) -> None:

@@ -144,7 +144,7 @@ def draw_case(
     prepare(peft)
     draw = torch.Generator().manual_seed(2)
     directions = [torch.randn(b.weight.shape, generator=draw) for _, b in lora_pairs(peft)]
-    free = greedy(base, prompts, new_tokens)
+    free, first = greedy(base, prompts, new_tokens), prompts.shape[1]
     for exponent in range(30):
         for (_, b), direction in zip(lora_pairs(peft), directions, strict=True):
             b.weight.data.copy_(0.006 * 1.4**exponent * direction)
@@ -152,7 +152,6 @@ def draw_case(
         if changed_share(base, peft, prompts, 1) < 0.8 * share:
             continue
         sequences = greedy(peft, prompts, new_tokens)
-        first = prompts.shape[1]
         if changed_share(base, peft, sequences, first) >= share and different(free, sequences, first) >= 0.5:
             break
     peft.save_pretrained(folder, save_embedding_layers=False)
@@ -223,7 +222,7 @@ class Served:
     def connected(
         self, engine: str, *, adapter: str | None = None, base: PreTrainedModel | None = None
     ) -> AbstractContextManager[PreTrainedModel]:
-        """The base model of the only case or of ``adapter``'s, or ``base``, connected."""
+        """The base model of ``adapter``'s case (by default the first), or ``base`` instead, connected."""
         name = adapter or next(iter(self.cases))
         return private(base or self.cases[name].base, self.servers[engine].address, name)
 
@@ -259,13 +258,13 @@ def stated_noise(peft: PeftModel, seed: int, factor: float = 1.0) -> Iterator[No
             handle.remove()
 
 
-def tolerance(peft: PeftModel, sequences: Tensor, draws: int = 4, **more: object) -> float:
-    """3 × the largest change of any logit of ``sequences`` under the stated noise, over several draws."""
-    clean = logits(peft, sequences, **more)
+def tolerance(peft: PeftModel, sequences: Tensor, draws: int = 4, factor: float = 1.0) -> float:
+    """3 × the largest change of any logit of ``sequences`` under ``factor`` × the stated noise, over several draws."""
+    clean = logits(peft, sequences)
     largest = 0.0
     for seed in range(draws):
-        with stated_noise(peft, seed):
-            largest = max(largest, (logits(peft, sequences, **more) - clean).abs().max().item())
+        with stated_noise(peft, seed, factor):
+            largest = max(largest, (logits(peft, sequences) - clean).abs().max().item())
     return 3 * largest
 
 

@@ -1,10 +1,12 @@
 """Real adapters that others trained: by names and shapes on the full base model, in numbers on a cut of its shape."""
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -27,15 +29,28 @@ from equivalence.support import (
     random_prompts,
     report,
     server,
+    stated_error,
     tolerance,
 )
 from splitveil.adapters import load_adapter
 from splitveil.errors import BaseModelError
+from splitveil.private.core import core_rms
+from splitveil.private.layer import public_half
 from splitveil.serving.connect import locate
 
 Record = Callable[[str, object], None]
 
 LAW, SUPPORT = SHARED / "lora" / "law-llm", SHARED / "lora" / "support-chatbot"
+
+
+# The stated relative error is that of a core whose rows are equally long. The query is scaled to the longest row, and
+# a real adapter often has one dominant direction: at worst one row in r holds it all, is √r × the r.m.s. row, and its
+# part of the error, the masks' noise, grows by that; the other part, the core's rounding, stays.
+def skewed(rank: int) -> float:
+    """How much larger than stated the relative error of a core of that rank may be."""
+    return math.sqrt((1 + rank) / 2)
+
+
 needs_shared = pytest.mark.skipif(not (LAW.is_dir() and SUPPORT.is_dir()), reason=NO_SHARED)
 
 QWEN_3B = {
@@ -158,36 +173,44 @@ CUTS = {
 @pytest.mark.parametrize("name", CUTS)
 def test_logits_are_pefts(name: str, tmp_path: Path, record_property: Record) -> None:
     folder, config, prefixes = CUTS[name]
+    rank = load_adapter(folder).modules[0].A.shape[0]
     torch.manual_seed(0)
     base = random_base(config)
     prompts = random_prompts(base, 6, 6)
     alpha, sequences = strong_enough(base, folder, tmp_path, prefixes, prompts)
     report(record_property, "alpha", f"{alpha:g}; the adapter's own is {load_alpha(folder):g}")
     with plaintext(base, tmp_path) as peft:
-        want, allowed = logits(peft, sequences), tolerance(peft, sequences, draws=3)
+        want, stated = logits(peft, sequences), tolerance(peft, sequences, draws=3)
+        allowed = tolerance(peft, sequences, draws=3, factor=skewed(rank))
     for engine in ("lattice", "plain"):
         with server({"a": tmp_path}, engine) as running, private(base, running.address) as model:
             for _ in range(2):
                 verdict = judge(logits(model, sequences), want, allowed)
-                report(record_property, engine, verdict)
+                report(record_property, engine, f"{verdict}; {verdict.deviation / stated:.0%} of that for even cores")
                 verdict.check(RANDOM_LIMIT)
 
 
 @needs_shared
-def test_support_chatbot_as_it_is(record_property: Record) -> None:
-    """The folder untouched, at its own alpha, loaded as a vendor would."""
-    torch.manual_seed(1)
-    base = random_base(CUTS["support-chatbot"][1])
-    sequences = random_prompts(base, 6, 12)
-    without = logits(base, sequences)
-    with plaintext(base, SUPPORT) as peft:
-        want, allowed = logits(peft, sequences), tolerance(peft, sequences, draws=3)
-    with server({"a": SUPPORT}, "lattice") as running, private(base, running.address) as model:
-        verdict = judge(logits(model, sequences), want, allowed)
-    report(record_property, "lattice", verdict)
-    report(record_property, "the adapter's own effect", f"{(without - want).abs().max().item():.2e}")
-    verdict.check(RANDOM_LIMIT)
-    assert (without - want).abs().max() > 100 * allowed
+@pytest.mark.parametrize("folder", [LAW, SUPPORT], ids=["law-llm", "support-chatbot"])
+def test_relative_error_of_real_cores(folder: Path, record_property: Record) -> None:
+    """Each module of the untouched folder on its own, at its own alpha, against B·A·x in float64."""
+    draw = np.random.default_rng(0)
+    served = published(folder, "lattice")
+    half, ratios, peaks = public_half(served.publication), [], []
+    modules = {module.name: module for module in load_adapter(folder).modules}
+    for index, layer in enumerate(served.publication.layers):
+        module = modules[layer.outputs[0][0]]
+        x = draw.standard_normal((32, layer.width)).astype(np.float32)
+        site = half.site([index])
+        query, pending = site.query(x, site.make_masks(len(x)))
+        (core,) = site.recover(pending, served.half.answer([index], len(x), query))
+        want = module.scale * (x.astype(np.float64) @ module.A.T) @ module.B.T
+        error = np.linalg.norm(core @ layer.Q.T - want) / np.linalg.norm(want)
+        ratios.append(error / stated_error(layer.width))
+        peaks.append(layer.norm_bound / (core_rms(layer.width) * math.sqrt(layer.width)))
+    report(record_property, "relative error ÷ the stated one", f"mean {np.mean(ratios):.2f}, most {max(ratios):.2f}")
+    report(record_property, "longest row of a core ÷ r.m.s.", f"mean {np.mean(peaks):.2f}, most {max(peaks):.2f}")
+    assert max(ratios) < 1.3 * skewed(layer.rank)
 
 
 def load_alpha(folder: Path) -> float:

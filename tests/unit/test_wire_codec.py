@@ -1,7 +1,7 @@
 """Whatever bytes arrive: a message within the limits, or ``ProtocolError``. What is sent arrives as it was."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from splitveil.errors import ProtocolError
@@ -31,7 +31,7 @@ refusals = st.builds(codec.Refusal, U64, st.booleans(), printable)
 
 client_messages = st.one_of(hellos, queries)
 server_messages = st.one_of(welcomes, chunks, answers, refusals)
-many = settings(max_examples=300, deadline=None)
+many = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 @many
