@@ -41,16 +41,6 @@ from splitveil.serving.connect import locate
 Record = Callable[[str, object], None]
 
 LAW, SUPPORT = SHARED / "lora" / "law-llm", SHARED / "lora" / "support-chatbot"
-
-
-# The stated relative error is that of a core whose rows are equally long. The query is scaled to the longest row, and
-# a real adapter often has one dominant direction: at worst one row in r holds it all, is √r × the r.m.s. row, and its
-# part of the error, the masks' noise, grows by that; the other part, the core's rounding, stays.
-def skewed(rank: int) -> float:
-    """How much larger than stated the relative error of a core of that rank may be."""
-    return math.sqrt((1 + rank) / 2)
-
-
 needs_shared = pytest.mark.skipif(not (LAW.is_dir() and SUPPORT.is_dir()), reason=NO_SHARED)
 
 QWEN_3B = {
@@ -64,6 +54,16 @@ QWEN_3B = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
     "tie_word_embeddings": True,
 }
+
+
+def skewed(rank: int) -> float:
+    """How much larger than stated the relative error of a core of that rank may be.
+
+    Stated is the error of a core whose rows are equally long. The query is scaled to the longest row, and a real
+    adapter often has one dominant direction. At worst one row holds all of it and is √rank × the r.m.s. row: the
+    masks' half of the error grows by that, the half that the core's rounding makes stays.
+    """
+    return math.sqrt((1 + rank) / 2)
 
 
 def on_meta(config: PretrainedConfig) -> PreTrainedModel:
@@ -200,7 +200,7 @@ def test_relative_error_of_real_cores(folder: Path, record_property: Record) -> 
     modules = {module.name: module for module in load_adapter(folder).modules}
     for index, layer in enumerate(served.publication.layers):
         module = modules[layer.outputs[0][0]]
-        x = draw.standard_normal((32, layer.width)).astype(np.float32)
+        x = draw.standard_normal((256, layer.width)).astype(np.float32)
         site = half.site([index])
         query, pending = site.query(x, site.make_masks(len(x)))
         (core,) = site.recover(pending, served.half.answer([index], len(x), query))
@@ -210,7 +210,7 @@ def test_relative_error_of_real_cores(folder: Path, record_property: Record) -> 
         peaks.append(layer.norm_bound / (core_rms(layer.width) * math.sqrt(layer.width)))
     report(record_property, "relative error ÷ the stated one", f"mean {np.mean(ratios):.2f}, most {max(ratios):.2f}")
     report(record_property, "longest row of a core ÷ r.m.s.", f"mean {np.mean(peaks):.2f}, most {max(peaks):.2f}")
-    assert max(ratios) < 1.3 * skewed(layer.rank)
+    assert max(ratios) < 1.4 * skewed(layer.rank)
 
 
 def load_alpha(folder: Path) -> float:

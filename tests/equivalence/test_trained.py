@@ -104,12 +104,13 @@ def embedded_case() -> Case:
         endless(AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32).eval()) for _ in range(2)
     )
     peft = PeftModel.from_pretrained(copied, adapter).eval()
-    questions = [f"Question: {text}\nAnswer:" for text in QUESTIONS]
     tokenizer = AutoTokenizer.from_pretrained(base_folder)
-    rows = [[tokenizer.bos_token_id, *tokenizer(q, add_special_tokens=False)["input_ids"]] for q in questions]
-    # The adapter was trained to answer after "Answer:", so that prompts are cut at their beginning instead.
-    length = min(map(len, rows))
-    prompts = torch.tensor([row[:1] + row[1 - length :] for row in rows])
+    questions, (end,) = (
+        [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        for texts in ([f"Question: {question}" for question in QUESTIONS], ["\nAnswer:"])
+    )
+    length = min(map(len, questions))
+    prompts = torch.tensor([[tokenizer.bos_token_id, *question[:length], *end] for question in questions])
     return made_case(base, peft, adapter, prompts, NEW_TOKENS)
 
 

@@ -94,11 +94,12 @@ class LayerBench:
         return 2.0 * self.x.double().numpy() @ self.A.astype(np.float64).T @ self.B.astype(np.float64).T
 
 
-def measure(width: int, features: int, rank: int, runs: int = 400) -> LayerResult:
-    """Measures one shape."""
+def measure(width: int, features: int, rank: int, *, block: int = 25) -> LayerResult:
+    """Measures one shape, 400 calls of each step, in blocks (``timing.median_times``)."""
+    runs = 400 // block
     with torch.inference_mode():
         bench = LayerBench(width, features, rank)
-        masks = iter(bench.site.make_masks(2 * runs + 64))
+        masks = iter(bench.site.make_masks(512 + block))
         message, pending = bench.query(next(masks))
         reply = bench.answer(message)
         exact, got = bench.exact(), bench.recover(pending, reply).numpy()
@@ -110,10 +111,9 @@ def measure(width: int, features: int, rank: int, runs: int = 400) -> LayerResul
                 "plaintext": bench.plaintext,
             },
             runs,
+            block,
         )
-        offline = median_times(
-            {"eight": lambda: bench.site.make_masks(8), "one": lambda: bench.site.make_masks(1)}, max(20, runs // 8)
-        )
+        offline = median_times({"eight": lambda: bench.site.make_masks(8), "one": lambda: bench.site.make_masks(1)}, 30)
     micro = 1e6
     return LayerResult(
         width,

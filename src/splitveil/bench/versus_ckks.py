@@ -12,14 +12,16 @@ from splitveil.bench.ckks import CkksLayer
 from splitveil.bench.layer import SHAPE, LayerBench
 from splitveil.bench.timing import median_times
 
+BLOCK = 10
 
-def measure(runs: int = 15) -> list[dict[str, Any]]:
+
+def measure(runs: int = 5) -> list[dict[str, Any]]:
     """Both engines at ChatGLM2-6B's attention shape: milliseconds, bytes, error. Raises if seal is not installed."""
     ours = LayerBench(*SHAPE)
     peer = CkksLayer(ours.A, 2.0 * ours.B)
     exact = ours.exact().ravel()
     x = ours.x.double().numpy().ravel()
-    masks = iter(ours.site.make_masks(2 * runs + 8))
+    masks = iter(ours.site.make_masks(BLOCK * (runs + 2)))
     message, pending = ours.query(next(masks))
     reply = ours.answer(message)
     sealed, norm = peer.encrypt(x)
@@ -35,6 +37,7 @@ def measure(runs: int = 15) -> list[dict[str, Any]]:
             "decrypt": lambda: peer.decrypt(sealed_reply, norm),
         },
         runs,
+        BLOCK,
     )
     online = times["our client"] + times["our server"] + times["our recovery"]
     offline = times["our offline"] / 8

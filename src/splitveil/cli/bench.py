@@ -19,7 +19,8 @@ def bench(names: tuple[str, ...], as_json: bool, dtypes: tuple[str, ...], rounds
     """Measure speed and size on this machine; NAMES chooses, all are run without one.
 
     \b
-    layer      one private LoRA layer of several shapes: microseconds, bytes, error
+    layer      one private LoRA layer of several shapes: microseconds, bytes, error; warm in blocks of
+               one step, cold with the steps in turn
     transport  one round trip over a socket to a server process
     ckks       the same layer beside SEAL's CKKS (pip install 'splitveil[bench]')
     decode     whole tokens of a model of Qwen2-0.5B's shape, beside plaintext PEFT (10 minutes, 7 GB)
@@ -57,8 +58,10 @@ def _layer() -> list[dict[str, Any]]:
 
     rows = []
     for width, features, rank in ((192, 192, 8), (896, 896, 8), SHAPE, (14336, 4096, 8)):
-        result = measure(width, features, rank)
-        rows.append({"layer": f"{width}→{features}, r={rank}", "online µs": result.online_us, **_layer_row(result)})
+        for block in (25, 1):
+            result = measure(width, features, rank, block=block)
+            name = f"{width}→{features}, r={rank}, {'warm' if block > 1 else 'cold'}"
+            rows.append({"layer": name, "online µs": result.online_us, **_layer_row(result)})
     return rows
 
 

@@ -59,7 +59,8 @@ class LatticeSite:
         budgets = [budget(self._parameters, self.width, layer.norm_bound, publication.noise) for layer in chosen]
         # One query serves layers with different ρ: the most demanding one sets its size.
         self._size = min(b.theta * HALF / layer.norm_bound for b, layer in zip(budgets, chosen, strict=True))
-        self._limits = [(layer.norm_bound**2, b.limit_square) for b, layer in zip(budgets, chosen, strict=True)]
+        # ρ²·Σx̂² ≤ limit for every layer, as one bound on Σx̂².
+        self._largest = min(b.limit_square // layer.norm_bound**2 for b, layer in zip(budgets, chosen, strict=True))
         self.query_size = 4 * self._parameters.query_width(self.width)
         self.answer_size = 4 * sum(self.ranks)
         self.mask_size = self.query_size + self.answer_size
@@ -113,9 +114,9 @@ class LatticeSite:
             corrections[i] = correction
             factors[i] = encode_row(x[i], content, out[i], self._size, square)
             total = (int(square[0]) << 32) + int(square[1])
-            if any(bound * total > limit for bound, limit in self._limits):
+            if total > self._largest:
                 raise ArithmeticError("a query exceeds the no-wrap bound; nothing was sent")
-        finite = bool(np.isfinite(factors).all())
+        finite = not bool(np.isnan(factors).any())
         return out.astype("<u4", copy=False).tobytes(), Pending(rows, factors, corrections, finite)
 
     def recover(self, pending: Pending, answer: bytes) -> list[NDArray[np.float32]]:

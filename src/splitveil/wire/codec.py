@@ -94,8 +94,12 @@ def max_rows(query_size: int, answer_size: int) -> int:
 def encode_client(message: Hello | Query) -> bytes:
     """One client message."""
     if isinstance(message, Query):
-        query = pb.Query(seq=message.seq, layers=message.layers, rows=message.rows, data=message.data)
-        return pb.ClientMessage(query=query).SerializeToString()
+        # Filled in place: a finished Query would be copied into the message, data and all.
+        outer = pb.ClientMessage()
+        query = outer.query
+        query.seq, query.rows, query.data = message.seq, message.rows, message.data
+        query.layers.extend(message.layers)
+        return outer.SerializeToString()
     hello = pb.Hello(version=message.version, adapter=message.adapter, have_digest=message.have_digest, key=message.key)
     return pb.ClientMessage(hello=hello).SerializeToString()
 
