@@ -1,5 +1,6 @@
 """``connect`` and ``disconnect``: a base model that answers with a private adapter, and back."""
 
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ from splitveil.serving.session import Session
 
 Model = TypeVar("Model", bound=nn.Module)
 _connected: "weakref.WeakKeyDictionary[nn.Module, Adapter]" = weakref.WeakKeyDictionary()
+_finalizers: "weakref.WeakKeyDictionary[nn.Module, weakref.finalize[..., Any]]" = weakref.WeakKeyDictionary()
 
 
 def connect(
@@ -55,10 +57,14 @@ def connect(
     try:
         modules = locate(base_model, session.publication)
         half = public_half(session.publication)
-        _connected[base_model] = Adapter(base_model, modules, half, session, pool_bytes=pool_bytes)
+        attached = Adapter(base_model, modules, half, session, pool_bytes=pool_bytes)
     except BaseException:
         session.close()
         raise
+    _connected[base_model] = attached
+    finalizer = weakref.finalize(base_model, _release, attached)
+    finalizer.atexit = False
+    _finalizers[base_model] = finalizer
     return base_model
 
 
@@ -66,7 +72,16 @@ def disconnect(model: nn.Module) -> None:
     """Takes the private adapter off: the model is as it was before ``connect``. Does nothing to other models."""
     adapter = _connected.pop(model, None)
     if adapter is not None:
+        _finalizers.pop(model).detach()
         adapter.remove()
+
+
+def _release(adapter: Adapter) -> None:
+    """For a model that was dropped while connected: its threads and its place at the server are given up.
+
+    The garbage collector may call this in any thread, those that are to end included, so another one waits for them.
+    """
+    threading.Thread(target=adapter.remove, name="splitveil-release", daemon=True).start()
 
 
 def connection(model: nn.Module) -> Adapter:
