@@ -175,6 +175,9 @@ print(*tokenizer.batch_decode(model.generate(**tokens, max_new_tokens={e["new_to
 
     python training/base_model.py --text DIR --work DIR --tokens {m["tokens_read"]}
 
+The run was interrupted and resumed, its token budget changed on the way: one run of this command gives similar weights,
+not the same ones.
+
 The training text is {m["stream_tokens"]:,} tokens; the run read {m["tokens_read"]:,} ({m["passes"]} passes) in \
 {m["steps"]:,} steps, with Muon on the blocks' matrices and AdamW on the rest. A share of each set, chosen by a hash of
 the document, was held out.
@@ -263,6 +266,9 @@ print(*tokenizer.batch_decode(model.generate(**tokens, max_new_tokens={e["new_to
 ## Training
 
     python training/clinic_adapter.py --text DIR --work DIR --tokens {m["tokens_read"]}
+
+The run was interrupted and resumed, its token budget changed on the way: one run of this command gives similar weights,
+not the same ones.
 
 {m["tokens_read"]:,} tokens in {m["steps"]:,} steps, base frozen, loss on the answer and its end token only; answers are
 cut to the context of {e["context"]} tokens.
