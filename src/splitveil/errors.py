@@ -6,13 +6,15 @@
     │   │   └── InsecureParametersError   … or offers less than 128 bits, and code did not allow that
     │   ├── AdapterError            an adapter folder cannot be served
     │   │   └── UnsupportedAdapterError   … because it uses a feature that is refused by name
-    │   └── BaseModelError          the base model does not fit the adapter
+    │   ├── BaseModelError          the base model does not fit the adapter, or cannot be cut
+    │   └── DataError               a text file cannot be used: empty, unreadable, overlapping with another
     ├── ProtocolError               the other side sent something that the wire format forbids
     │   ├── PublicationError        a publication is malformed, or outside the limits
     │   └── VersionError            the other side speaks another version
     ├── ConnectionFailedError       no server there, another program there, or the connection broke
     ├── RefusedError                the server understood the request and refused it
     │   └── UnknownAdapterError     … because it serves no adapter of that name
+    ├── UndeclaredKnowledgeError    an attack reached for something that it has not declared
     ├── NonFiniteError              NaN or infinity where a number was expected
     └── MaskReuseError              a one-time mask was about to serve twice
 
@@ -46,7 +48,11 @@ class UnsupportedAdapterError(AdapterError):
 
 
 class BaseModelError(ConfigurationError):
-    """The base model does not fit the adapter."""
+    """The base model does not fit the adapter, or cannot be cut."""
+
+
+class DataError(ConfigurationError):
+    """A text file cannot be used: empty, unreadable, no such column, overlapping with another."""
 
 
 class ProtocolError(SplitveilError):
@@ -71,6 +77,10 @@ class RefusedError(SplitveilError):
 
 class UnknownAdapterError(RefusedError):
     """The server serves no adapter of that name."""
+
+
+class UndeclaredKnowledgeError(SplitveilError):
+    """An attack reached for something that it has not declared, or that this attacker does not have."""
 
 
 class NonFiniteError(SplitveilError):

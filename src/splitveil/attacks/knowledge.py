@@ -1,0 +1,157 @@
+"""What an attacker knows. It declares what it needs; it is handed that and nothing else; it never sees the prompt."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from splitveil.errors import UndeclaredKnowledgeError
+from splitveil.split import Crossing, DeviceHalf
+
+T = TypeVar("T")
+
+
+class Access(StrEnum):
+    """Kinds of knowledge; the value is how reports name it."""
+
+    QUERIES = "queries to the device half"
+    WEIGHTS = "the device half's weights"
+    HEAD = "the output head"
+    SHADOW = "shadow text"
+    EMBEDDINGS = "a public language model's embeddings"
+    TRUTH = "the prompts themselves"
+
+
+@dataclass(frozen=True)
+class Shadow:
+    """Text that the attacker has and that is not the victims', as windows of equal length."""
+
+    train: Tensor
+    """(windows, positions) token ids."""
+    validation: Tensor
+    """(windows, positions) token ids of other documents than ``train``, for early stopping."""
+    origin: str = "given"
+    """Where it is from, in the report's words."""
+
+
+Protection = Callable[[Crossing], Crossing]
+"""What a defence does to a crossing; ``Knowledge`` only needs to call it."""
+
+
+class Oracle:
+    """Runs texts of the attacker's choice through the device half, and counts them.
+
+    What comes back is defended as the victims' crossings are: an attacker adapts.
+    """
+
+    def __init__(self, device: DeviceHalf, protect: Protection) -> None:
+        self._device = device
+        self._protect = protect
+        self.sequences = 0
+        self.tokens = 0
+
+    @torch.no_grad()
+    def __call__(self, tokens: Tensor, mask: Tensor | None = None) -> Crossing:
+        """What crosses for ``tokens`` (batch, position)."""
+        self.sequences += tokens.shape[0]
+        self.tokens += tokens.numel() if mask is None else int(mask.sum())
+        return self._protect(self._device(tokens, mask))
+
+
+class WhiteBox:
+    """The device half itself, step by step with a cache, and the defence that stands behind it."""
+
+    def __init__(self, device: DeviceHalf, protect: Protection) -> None:
+        self.device = device
+        self.protect = protect
+        self.evaluations = 0
+        """Sequences run through the device half so far, batched or not."""
+
+    def new_cache(self) -> Cache:
+        """An empty cache for a prefix."""
+        return self.device.new_cache()
+
+    def embeddings(self) -> Tensor:
+        """(vocabulary, width) input embeddings."""
+        weight: Tensor = self.device.model.get_input_embeddings().weight.detach()
+        return weight
+
+    @torch.no_grad()
+    def __call__(self, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Crossing:
+        """What crosses for ``tokens`` (batch, position), after what is in ``cache``."""
+        self.evaluations += tokens.shape[0]
+        return self.protect(self.device(tokens, mask, cache))
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """Everything that any attack may be handed. Reading what was not granted raises ``UndeclaredKnowledgeError``.
+
+    The vocabulary's size and the width of the crossing are public: the tokenizer is, and the wire shows the width.
+    """
+
+    vocabulary: int
+    width: int
+    granted: frozenset[Access] = frozenset()
+    _oracle: Oracle | None = field(default=None, repr=False)
+    _white_box: WhiteBox | None = field(default=None, repr=False)
+    _head: Callable[[Tensor], Tensor] | None = field(default=None, repr=False)
+    _shadow: Shadow | None = field(default=None, repr=False)
+    _embeddings: Tensor | None = field(default=None, repr=False)
+    _truth: Tensor | None = field(default=None, repr=False)
+
+    def restricted(self, needs: frozenset[Access]) -> "Knowledge":
+        """The same attacker with only what an attack declares."""
+        missing = needs - self.granted
+        if missing:
+            raise UndeclaredKnowledgeError(f"this attacker does not have {', '.join(sorted(missing))}")
+        return Knowledge(
+            self.vocabulary,
+            self.width,
+            needs,
+            self._oracle,
+            self._white_box,
+            self._head,
+            self._shadow,
+            self._embeddings,
+            self._truth,
+        )
+
+    @property
+    def oracle(self) -> Oracle:
+        """Queries to the device half, with the defence applied, counted."""
+        return self._given(Access.QUERIES, self._oracle)
+
+    @property
+    def white_box(self) -> WhiteBox:
+        """The device half's weights."""
+        return self._given(Access.WEIGHTS, self._white_box)
+
+    @property
+    def head(self) -> Callable[[Tensor], Tensor]:
+        """Final norm and output head: hidden states (…, width) → logits (…, vocabulary)."""
+        return self._given(Access.HEAD, self._head)
+
+    @property
+    def shadow(self) -> Shadow:
+        """The attacker's own text."""
+        return self._given(Access.SHADOW, self._shadow)
+
+    @property
+    def embeddings(self) -> Tensor:
+        """(vocabulary, any width) input embeddings of a public language model with the same tokenizer."""
+        return self._given(Access.EMBEDDINGS, self._embeddings)
+
+    @property
+    def truth(self) -> Tensor:
+        """(prompts, positions) the prompts' token ids, -1 for padding: for the control that must reach 1.0."""
+        return self._given(Access.TRUTH, self._truth)
+
+    def _given(self, access: Access, value: T | None) -> T:
+        if access not in self.granted or value is None:
+            raise UndeclaredKnowledgeError(f"an attack asked for {access.value}, which it did not declare or get")
+        return value

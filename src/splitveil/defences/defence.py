@@ -1,0 +1,24 @@
+"""What every defence is: a crossing in, a crossing out."""
+
+from collections.abc import Mapping
+from typing import ClassVar, Protocol
+
+from splitveil.split import Crossing
+
+
+class Defence(Protocol):
+    """One defence with its parameters. It runs on the device, after the device half and before the wire.
+
+    The attacker knows it, its parameters included, and may run it as often as it likes; it does not know the random
+    numbers that were drawn for a victim, nor a secret key that the defence draws for itself.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+
+    @property
+    def params(self) -> Mapping[str, float | int | str]:
+        """Its parameters, part of every row's key."""
+
+    def protect(self, crossing: Crossing) -> Crossing:
+        """What crosses instead; fresh randomness at every call where there is any."""

@@ -1,0 +1,1 @@
+"""One look for every report: a single HTML file that works without a network."""

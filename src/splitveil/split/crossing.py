@@ -1,0 +1,47 @@
+"""What crosses the cut, and nothing else."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from splitveil.errors import ConfigurationError
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """Hidden states on their way from the device half to the cloud half.
+
+    The cloud learns from it what any observer of the wire learns: the states, their dtype, and which positions hold
+    text. Token ids never cross.
+    """
+
+    hidden: Tensor
+    """(batch, position, width): what enters the block after the cut, or leaves the last block."""
+    mask: Tensor
+    """(batch, earlier positions + position) of 0 and 1: 1 where there is text, 0 where there is padding."""
+
+    def __post_init__(self) -> None:
+        shapes = f"hidden {tuple(self.hidden.shape)}, mask {tuple(self.mask.shape)}"
+        if self.hidden.ndim != 3 or self.mask.ndim != 2:
+            raise ConfigurationError(
+                f"a crossing is hidden (batch, position, width) and mask (batch, seen), got {shapes}"
+            )
+        if self.hidden.shape[0] != self.mask.shape[0] or self.hidden.shape[1] > self.mask.shape[1]:
+            raise ConfigurationError(f"hidden states and mask of a crossing do not fit together: {shapes}")
+
+    @property
+    def text(self) -> Tensor:
+        """(batch, position) of bool: which of the positions in ``hidden`` hold text."""
+        return self.mask[:, -self.hidden.shape[1] :].bool()
+
+    @property
+    def width(self) -> int:
+        return self.hidden.shape[2]
+
+    def rows(self, start: int, stop: int) -> "Crossing":
+        """The prompts ``start`` to ``stop`` of the batch."""
+        return Crossing(self.hidden[start:stop], self.mask[start:stop])
+
+    def with_hidden(self, hidden: Tensor) -> "Crossing":
+        """The same positions with other states, as a defence makes them."""
+        return Crossing(hidden, self.mask)

@@ -1,0 +1,154 @@
+"""``cut``: a causal language model as a device half and a cloud half whose composition is the whole."""
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from splitveil.errors import ConfigurationError
+from splitveil.split.blocks import Absent, Entrance, Exit, find_blocks, returns_tuple, with_blocks
+from splitveil.split.crossing import Crossing
+
+
+class DeviceHalf(nn.Module):
+    """Embeddings and the blocks before the cut: token ids in, a ``Crossing`` out."""
+
+    def __init__(self, model: PreTrainedModel, exit_: Exit) -> None:
+        super().__init__()
+        self.model = model
+        self._exit = [exit_]  # in a list: it is registered inside the model already
+
+    def new_cache(self) -> Cache:
+        """An empty cache for one session of this half."""
+        return DynamicCache(config=self.model.config)
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Crossing:
+        """What crosses for ``tokens`` (batch, position).
+
+        ``mask`` (batch, earlier positions + position) covers what is in ``cache`` too; without it all is text.
+        """
+        seen = (0 if cache is None else cache.get_seq_length()) + tokens.shape[1]
+        mask = _mask(mask, tokens.shape[0], seen, tokens.device)
+        self.model.base_model(
+            input_ids=tokens,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=cache is not None,
+            **_positions(self.model, mask, tokens.shape[1]),
+        )
+        return Crossing(self._exit[0].leave(), mask)
+
+
+class CloudHalf(nn.Module):
+    """The blocks after the cut, the final norm and the head: a ``Crossing`` in, logits out."""
+
+    def __init__(self, model: PreTrainedModel, entrance: Entrance) -> None:
+        super().__init__()
+        self.model = model
+        self._entrance = [entrance]
+
+    def new_cache(self) -> Cache:
+        """An empty cache for one session of this half."""
+        return DynamicCache(config=self.model.config)
+
+    def forward(self, crossing: Crossing, cache: Cache | None = None) -> Tensor:
+        """Logits (batch, position, vocabulary) of the positions that crossed."""
+        hidden, mask = crossing.hidden, crossing.mask
+        seen = (0 if cache is None else cache.get_seq_length()) + hidden.shape[1]
+        mask = _mask(mask, hidden.shape[0], seen, hidden.device)
+        width = self.model.get_input_embeddings().embedding_dim
+        self._entrance[0].arrive(hidden)
+        # Only the shape of these is read: masks and positions come from it, the states from what arrived.
+        blank = torch.zeros(*hidden.shape[:2], width, dtype=hidden.dtype, device=hidden.device)
+        result = self.model(
+            inputs_embeds=blank,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=cache is not None,
+            **_positions(self.model.base_model, mask, hidden.shape[1]),
+        )
+        logits: Tensor = result.logits
+        return logits
+
+
+@dataclass(frozen=True)
+class Split:
+    """Both halves of a model that was cut after block ``block`` of ``blocks``; 0 is after the embeddings."""
+
+    device: DeviceHalf
+    cloud: CloudHalf
+    block: int
+    blocks: int
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Logits (batch, position, vocabulary) of ``tokens`` (batch, position), through the cut."""
+        return self.cloud(self.device(tokens, mask))  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def generate(self, tokens: Tensor, mask: Tensor | None = None, *, max_new_tokens: int) -> Tensor:
+        """``tokens`` (batch, position; padding on the left) and their greedy continuation, one crossing a token.
+
+        Generation goes on for ``max_new_tokens`` whatever it says; stopping at an end token is the caller's.
+        """
+        device_cache, cloud_cache = self.device.new_cache(), self.cloud.new_cache()
+        mask = torch.ones_like(tokens) if mask is None else mask
+        step, sequence = tokens, tokens
+        for _ in range(max_new_tokens):
+            logits = self.cloud(self.device(step, mask, device_cache), cloud_cache)
+            step = logits[:, -1].argmax(-1, keepdim=True)
+            sequence = torch.cat([sequence, step], 1)
+            mask = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], 1)
+        return sequence
+
+
+def cut(model: Any, block: int) -> Split:
+    """Cuts a Hugging Face causal language model after ``block`` blocks; 0 cuts after the embeddings.
+
+    The model itself is not changed, and the halves share its weights. A PEFT model is cut with its adapter in place.
+    The last cut crosses before the final norm.
+
+    Raises ``ConfigurationError`` for a cut that the model does not have, ``BaseModelError`` for a model whose blocks
+    cannot be found.
+    """
+    whole: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model
+    name, blocks = find_blocks(whole)
+    count = len(blocks)
+    if not 0 <= block <= count:
+        raise ConfigurationError(f"cut {block} does not exist: this model has {count} blocks, so cuts 0 to {count}")
+    as_tuple = returns_tuple(whole, blocks)
+    absent: list[nn.Module] = [Absent(module, index, as_tuple) for index, module in enumerate(blocks)]
+
+    lower: list[nn.Module] = [*blocks[:block], *absent[block:]]
+    exit_ = Exit(lower[min(block, count - 1)], output=block == count)
+    lower[min(block, count - 1)] = exit_
+    upper: list[nn.Module] = [*absent[:block], *blocks[block:]]
+    entrance = Entrance(upper[min(block, count - 1)])
+    upper[min(block, count - 1)] = entrance
+    return Split(
+        DeviceHalf(with_blocks(whole, name, lower), exit_),
+        CloudHalf(with_blocks(whole, name, upper), entrance),
+        block,
+        count,
+    )
+
+
+def _mask(mask: Tensor | None, batch: int, seen: int, device: torch.device) -> Tensor:
+    if mask is None:
+        return torch.ones(batch, seen, dtype=torch.long, device=device)
+    if mask.shape != (batch, seen):
+        raise ConfigurationError(
+            f"the mask covers {tuple(mask.shape)}, expected {(batch, seen)}: earlier positions and the new ones"
+        )
+    return mask.long()
+
+
+def _positions(model: nn.Module, mask: Tensor, count: int) -> dict[str, Tensor]:
+    """Position ids from the mask, so that padding on the left does not count; for families that take them."""
+    base = model.base_model if isinstance(model, PreTrainedModel) else model
+    if "position_ids" not in inspect.signature(base.forward).parameters:
+        return {}
+    return {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)[:, -count:]}
