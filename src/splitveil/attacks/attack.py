@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
@@ -27,6 +27,8 @@ class Effort:
 
     seconds: float = 540.0
     """Wall time of ``fit``; early stopping may end it sooner."""
+    steps: int | None = None
+    """Gradient steps after which learning ends even if there is time left: for runs that must not depend on a clock."""
     seed: int = 0
 
 
@@ -47,14 +49,25 @@ class Attack(Protocol):
     ``fit`` sees ``Knowledge`` restricted to ``needs``; ``recover`` sees a ``Crossing`` and nothing else.
     """
 
-    name: ClassVar[str]
-    version: ClassVar[int]
-    """Part of every row's key: a changed attack is measured anew."""
-    needs: ClassVar[frozenset[Access]]
-    source: ClassVar[str]
-    """Where it was published, or what it stands for."""
-    summary: ClassVar[str]
-    """One line for people who have never seen it."""
+    @property
+    def name(self) -> str:
+        """What the command line and reports call it."""
+
+    @property
+    def version(self) -> int:
+        """Part of every row's key: a changed attack is measured anew."""
+
+    @property
+    def needs(self) -> frozenset[Access]:
+        """All that it may ask its ``Knowledge`` for."""
+
+    @property
+    def source(self) -> str:
+        """Where it was published, or what it stands for."""
+
+    @property
+    def summary(self) -> str:
+        """One line for people who have never seen it."""
 
     def fit(self, knowledge: Knowledge, effort: Effort, progress: Progress) -> None:
         """Learns what there is to learn before any victim is seen."""

@@ -1,7 +1,7 @@
 """What every defence is: a crossing in, a crossing out."""
 
 from collections.abc import Mapping
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 from splitveil.split import Crossing
 
@@ -13,8 +13,13 @@ class Defence(Protocol):
     numbers that were drawn for a victim, nor a secret key that the defence draws for itself.
     """
 
-    name: ClassVar[str]
-    summary: ClassVar[str]
+    @property
+    def name(self) -> str:
+        """What the command line and reports call it."""
+
+    @property
+    def summary(self) -> str:
+        """One line for people who have never seen it."""
 
     @property
     def params(self) -> Mapping[str, float | int | str]:

@@ -1,0 +1,62 @@
+"""A tiny model under attack, for the tests of attacks."""
+
+from functools import cached_property
+
+import torch
+from equivalence.support import random_model, tiny_llama
+from torch import Tensor
+
+from splitveil.attacks.knowledge import Access, Knowledge, Oracle, Protection, Shadow, WhiteBox
+from splitveil.split import Crossing, cut
+
+VOCABULARY = 160
+
+
+class Target:
+    """A random Llama cut after a block, victims with padding on one side, and all that an attacker may know."""
+
+    def __init__(
+        self, block: int = 1, *, blocks: int = 2, padding: str = "right", protect: Protection | None = None
+    ) -> None:
+        shape = tiny_llama(num_hidden_layers=blocks, tie_word_embeddings=True)
+        self.model = random_model(shape).requires_grad_(False)
+        # As in trained models, the residual stream carries more of a position's own token than of its neighbours.
+        self.model.get_input_embeddings().weight.mul_(6)
+        self.halves = cut(self.model, block)
+        self.protect = protect or (lambda crossing: crossing)
+        draw = torch.Generator().manual_seed(5)
+        # Words of a small world: half of the vocabulary, so that the rest is only met at random.
+        self.shadow = Shadow(
+            torch.randint(80, (256, 16), generator=draw), torch.randint(80, (32, 16), generator=draw), "drawn"
+        )
+        self.victims = torch.randint(VOCABULARY, (24, 16), generator=draw)
+        for i in range(0, 24, 3):
+            self.victims[i, slice(10, None) if padding == "right" else slice(0, 6)] = -1
+
+    @cached_property
+    def crossing(self) -> Crossing:
+        with torch.no_grad():
+            return self.protect(self.halves.device(self.victims.clamp(min=0), (self.victims >= 0).long()))
+
+    def knowledge(self) -> Knowledge:
+        last = cut(self.model, self.halves.blocks).cloud
+
+        def head(hidden: Tensor) -> Tensor:
+            return last(Crossing(hidden, torch.ones(hidden.shape[:2], dtype=torch.long)))
+
+        return Knowledge(
+            VOCABULARY,
+            self.crossing.width,
+            frozenset(Access),
+            Oracle(self.halves.device, self.protect),
+            WhiteBox(self.halves.device, self.protect),
+            head,
+            self.shadow,
+            self.model.get_input_embeddings().weight.detach(),
+            self.victims,
+        )
+
+    def accuracy(self, tokens: Tensor) -> float:
+        """Share of the victims' tokens that were recovered."""
+        text = self.victims >= 0
+        return ((tokens == self.victims) & text).sum().item() / text.sum().item()
