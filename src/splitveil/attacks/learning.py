@@ -3,14 +3,16 @@
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from splitveil.attacks.attack import Effort, Progress
 from splitveil.errors import NonFiniteError
+from splitveil.split import Crossing
 
 RATE = 2e-3
 WARMUP = 50
@@ -18,12 +20,14 @@ STEADY = 0.7
 """The share of the budget after which the rate falls, at the latest; a plateau brings its fall forward."""
 COOLING = 0.3 / STEADY
 """How long the rate falls, relative to the time before."""
-FIRST_CHECK = 25
-SPACING = 1.2
-"""Validations are at step 25 and whenever there were so many times as many steps: dense while much is learnt."""
-PATIENCE = 4
-GAIN = 0.001
-"""A plateau: the validation score has not risen by this over so many validations, which is half of all steps."""
+FIRST_CHECK = 50
+SPACING = 1.25
+"""Validations are at step 50 and whenever there were so many times as many steps: dense while much is learnt."""
+EARLIEST = 200
+PATIENCE = 3
+GAIN = 0.05
+"""A plateau: after so many steps at least, over so many validations, which is half of all steps, the error has not
+fallen by this share of itself."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,10 @@ class Curve:
 
     def flat(self) -> bool:
         """Whether the last ``PATIENCE`` validations brought nothing."""
-        scores = [point.score for point in self.points]
-        return len(scores) > PATIENCE and max(scores[-PATIENCE:]) < max(scores[:-PATIENCE]) + GAIN
+        errors = [1 - point.score for point in self.points]
+        if len(errors) <= PATIENCE or self.points[-1].step < EARLIEST:
+            return False
+        return min(errors[-PATIENCE:]) > (1 - GAIN) * min(errors[:-PATIENCE])
 
     def tensor(self) -> Tensor:
         """(validations, 3): seconds, step, score."""
@@ -57,12 +63,13 @@ class Curve:
 
 def learn(
     net: nn.Module,
-    loss: Callable[[], Tensor],
+    sample: Callable[[], tuple[Tensor, Crossing]],
+    loss: Callable[[Tensor, Crossing], Tensor],
     validate: Callable[[], float],
     effort: Effort,
     progress: Progress,
 ) -> Curve:
-    """Trains ``net`` in place on ``loss`` of fresh batches; leaves it with the weights that validated best.
+    """Trains ``net`` in place on fresh samples: token ids, and what crosses for them. It ends as it validated best.
 
     The rate is steady until the validation score has flattened or most of the budget is spent, then falls to zero.
     Raises ``NonFiniteError`` if the loss is NaN or infinite.
@@ -71,7 +78,7 @@ def learn(
     began = time.monotonic()
     curve, best = Curve(), copy.deepcopy(net.state_dict())
     cooling_from: float | None = None
-    step, next_check = 0, FIRST_CHECK
+    step, next_check, fast = 0, FIRST_CHECK, multiplies_bfloat16()
 
     def spent() -> float:
         """The share of the budget that is used up: of time or of steps, whichever is further."""
@@ -96,7 +103,9 @@ def learn(
             break
         for group in optimiser.param_groups:
             group["lr"] = RATE * min(1.0, (step + 1) / WARMUP) * max(0.0, 1 - cooled)
-        value = loss()
+        tokens, crossing = sample()
+        with torch.autocast("cpu", torch.bfloat16, enabled=fast):
+            value = loss(tokens, crossing)
         if not math.isfinite(value.item()):
             raise NonFiniteError(f"the loss became {value.item()} after {step} steps; are there NaNs in the crossing?")
         optimiser.zero_grad()
@@ -109,6 +118,32 @@ def learn(
     return curve
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether this processor has instructions for it; emulated, it would be slower than float32."""
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(bool(capabilities.get(name)) for name in ("avx512_bf16", "amx_bf16"))
+
+
+def cross_entropy(scores: Tensor, tokens: Tensor) -> Tensor:
+    """Mean loss of scores (batch, position, vocabulary) for token ids (batch, position)."""
+    return functional.cross_entropy(scores.float().flatten(0, 1), tokens.flatten())
+
+
 def batch_rows(positions: int, vocabulary: int) -> int:
     """Prompts a gradient step: 64, and fewer where the logits of a large vocabulary would fill the memory."""
     return max(4, min(64, 2**26 // (positions * vocabulary)))
+
+
+CURVE = "curve"
+
+
+def packed(net: nn.Module, curve: Curve) -> dict[str, Tensor]:
+    """What was learnt and how, to be kept on disk."""
+    return {**net.state_dict(), CURVE: curve.tensor()}
+
+
+def unpacked(net: nn.Module, state: Mapping[str, Tensor]) -> Curve:
+    """Puts what was kept into ``net``; the curve that came with it."""
+    net.load_state_dict({key: value for key, value in state.items() if key != CURVE})
+    net.eval()
+    return Curve([Point(float(a), int(b), float(c)) for a, b, c in state[CURVE].tolist()])

@@ -4,11 +4,10 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from splitveil.attacks.attack import Effort, Progress, Recovery
 from splitveil.attacks.knowledge import Access, Knowledge
-from splitveil.attacks.learning import Curve, batch_rows, learn
+from splitveil.attacks.learning import Curve, batch_rows, cross_entropy, learn, packed, unpacked
 from splitveil.attacks.samples import Samples, Scale
 from splitveil.split import Crossing
 
@@ -24,7 +23,8 @@ class Mlp:
     needs = frozenset({Access.QUERIES, Access.SHADOW})
     source = "per-position inverters (Luo et al., CCS 2025)"
     summary = "a small network from each state to its token"
-    curve: Curve | None = None
+    curve: Curve
+    """Of the validations while learning."""
 
     def fit(self, knowledge: Knowledge, effort: Effort, progress: Progress) -> None:
         torch.manual_seed(effort.seed)
@@ -36,14 +36,13 @@ class Mlp:
         scale.measure(samples.batch(rows)[1].hidden)
         validation, crossing = samples.validation()
 
-        def loss() -> Tensor:
-            tokens, batch = samples.batch(rows)
-            return functional.cross_entropy(self._net(batch.hidden).flatten(0, 1), tokens.flatten())
+        def loss(tokens: Tensor, batch: Crossing) -> Tensor:
+            return cross_entropy(self._net(batch.hidden), tokens)
 
         def validate() -> float:
             return (self._read(crossing.hidden.flatten(0, 1)) == validation.flatten()).float().mean().item()
 
-        self.curve = learn(self._net, loss, validate, effort, progress)
+        self.curve = learn(self._net, lambda: samples.batch(rows), loss, validate, effort, progress)
 
     def recover(self, crossing: Crossing, progress: Progress) -> Recovery:
         tokens = torch.full(crossing.text.shape, -1)
@@ -52,12 +51,11 @@ class Mlp:
         return Recovery(tokens)
 
     def state(self) -> dict[str, Tensor]:
-        return self._net.state_dict()
+        return packed(self._net, self.curve)
 
     def restore(self, state: Mapping[str, Tensor], knowledge: Knowledge) -> None:
         self._net = _network(knowledge)
-        self._net.load_state_dict(state)
-        self._net.eval()
+        self.curve = unpacked(self._net, state)
 
     @torch.no_grad()
     def _read(self, states: Tensor) -> Tensor:

@@ -4,11 +4,10 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from splitveil.attacks.attack import Effort, Progress, Recovery
 from splitveil.attacks.knowledge import Access, Knowledge
-from splitveil.attacks.learning import Curve, batch_rows, learn
+from splitveil.attacks.learning import Curve, batch_rows, cross_entropy, learn, packed, unpacked
 from splitveil.attacks.networks import Block, Pasts
 from splitveil.attacks.revert import reduced
 from splitveil.attacks.samples import Samples, Scale
@@ -31,7 +30,8 @@ class Pooled:
     needs = frozenset({Access.QUERIES, Access.SHADOW, Access.EMBEDDINGS})
     source = "GEIA (Li et al. 2023), vec2text (Morris et al. 2023) without its correction rounds"
     summary = "squeezes the crossing into one sentence vector and lets a decoder write from it"
-    curve: Curve | None = None
+    curve: Curve
+    """Of the validations while learning."""
 
     def fit(self, knowledge: Knowledge, effort: Effort, progress: Progress) -> None:
         torch.manual_seed(effort.seed)
@@ -41,14 +41,13 @@ class Pooled:
         net.scale.measure(net.pool(samples.batch(rows)[1]))
         validation, crossing = samples.validation()
 
-        def loss() -> Tensor:
-            tokens, batch = samples.batch(rows)
-            return functional.cross_entropy(net(net.pool(batch), tokens).flatten(0, 1), tokens.flatten())
+        def loss(tokens: Tensor, batch: Crossing) -> Tensor:
+            return cross_entropy(net(net.pool(batch), tokens), tokens)
 
         def validate() -> float:
             return (net.generate(crossing) == validation).float().mean().item()
 
-        self.curve = learn(net, loss, validate, effort, progress)
+        self.curve = learn(net, lambda: samples.batch(rows), loss, validate, effort, progress)
 
     def recover(self, crossing: Crossing, progress: Progress) -> Recovery:
         found = []
@@ -59,12 +58,11 @@ class Pooled:
         return Recovery(torch.cat(found).masked_fill(~crossing.text, -1))
 
     def state(self) -> dict[str, Tensor]:
-        return self._net.state_dict()
+        return packed(self._net, self.curve)
 
     def restore(self, state: Mapping[str, Tensor], knowledge: Knowledge) -> None:
         self._net = Decoder(knowledge.width, reduced(knowledge.embeddings))
-        self._net.load_state_dict(state)
-        self._net.eval()
+        self.curve = unpacked(self._net, state)
 
 
 class Decoder(nn.Module):

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from splitveil.attacks.attack import Effort, Progress, Recovery
 from splitveil.attacks.knowledge import Access, Knowledge
-from splitveil.attacks.learning import Curve, batch_rows, learn
+from splitveil.attacks.learning import Curve, batch_rows, cross_entropy, learn, packed, unpacked
 from splitveil.attacks.networks import Block, Pasts
 from splitveil.attacks.ridge import unit
 from splitveil.attacks.samples import Samples, Scale
@@ -39,7 +39,8 @@ class Revert:
     needs = frozenset({Access.QUERIES, Access.SHADOW, Access.EMBEDDINGS})
     source = "arXiv 2501.05965 (two stages: projection, generation)"
     summary = "projects what crosses into an embedding space, then lets a generative model write the text"
-    curve: Curve | None = None
+    curve: Curve
+    """Of the validations while learning."""
 
     def fit(self, knowledge: Knowledge, effort: Effort, progress: Progress) -> None:
         torch.manual_seed(effort.seed)
@@ -49,8 +50,7 @@ class Revert:
         rows = batch_rows(samples.length, knowledge.vocabulary)
         validation, crossing = samples.validation()
 
-        def loss() -> Tensor:
-            tokens, batch = samples.batch(rows)
+        def loss(tokens: Tensor, batch: Crossing) -> Tensor:
             projected = net.project(batch.hidden)
             written = net.write(batch.hidden, projected, tokens)
             # Stage 2 starts from stage 1's points and teaches them too; a few positions keep stage 1 honest by itself.
@@ -62,7 +62,7 @@ class Revert:
         def validate() -> float:
             return (net.generate(crossing) == validation).float().mean().item()
 
-        self.curve = learn(net, loss, validate, effort, progress)
+        self.curve = learn(net, lambda: samples.batch(rows), loss, validate, effort, progress)
 
     def recover(self, crossing: Crossing, progress: Progress) -> Recovery:
         found = []
@@ -73,12 +73,11 @@ class Revert:
         return Recovery(torch.cat(found).masked_fill(~crossing.text, -1))
 
     def state(self) -> dict[str, Tensor]:
-        return self._net.state_dict()
+        return packed(self._net, self.curve)
 
     def restore(self, state: Mapping[str, Tensor], knowledge: Knowledge) -> None:
         self._net = Inverter(knowledge.width, reduced(knowledge.embeddings))
-        self._net.load_state_dict(state)
-        self._net.eval()
+        self.curve = unpacked(self._net, state)
 
 
 class Inverter(nn.Module):
@@ -170,11 +169,6 @@ class Inverter(nn.Module):
         for index, block in enumerate(self.writers):
             x = block(x, None, None if pasts is None else pasts.blocks[index])
         return points + self.sharpness.exp() * self.correction(self.write_norm(x))  # type: ignore[no-any-return]
-
-
-def cross_entropy(scores: Tensor, tokens: Tensor) -> Tensor:
-    """Mean loss of scores (batch, position, vocabulary) for token ids (batch, position)."""
-    return functional.cross_entropy(scores.flatten(0, 1), tokens.flatten())
 
 
 def reduced(embeddings: Tensor) -> Tensor:
