@@ -1,0 +1,150 @@
+"""The report in a real browser: legible at both widths, silent, and alone."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import report_example as example
+
+from browser.chromium import EXECUTABLE, Browser, browser
+from splitveil.report import write_report
+from splitveil.report.page import POLICY
+
+pytestmark = pytest.mark.skipif(EXECUTABLE is None, reason="no chromium on PATH (Debian: apt-get install chromium)")
+WIDTHS = (1280, 390)
+# Elements that stick out of the page, or hide text that does not fit, apart from what scrolls in its own frame.
+STICKING_OUT = """
+[...document.querySelectorAll("body *")].filter(e => {
+  const box = e.getBoundingClientRect();
+  return !e.closest(".scroll, svg, pre") && (box.right > innerWidth + 0.5 || box.left < -0.5);
+}).map(e => e.outerHTML.slice(0, 100))
+"""
+# Contrast of every text with what is behind it (WCAG 2), where it is below 4.5 to 1.
+PALE = """
+(() => {
+  const canvas = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
+  const rgba = color => {
+    canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = color; canvas.fillRect(0, 0, 1, 1);
+    return [...canvas.getImageData(0, 0, 1, 1).data].map((v, i) => i < 3 ? v : v / 255);
+  };
+  const over = (top, under) => [0, 1, 2].map(i => top[i] * top[3] + under[i] * (1 - top[3])).concat(1);
+  const behind = e => {
+    const own = rgba(getComputedStyle(e).backgroundColor);
+    return own[3] === 1 || !e.parentElement ? own : over(own, behind(e.parentElement));
+  };
+  const light = c => [0.2126, 0.7152, 0.0722].reduce((sum, w, i) => {
+    const v = c[i] / 255;
+    return sum + w * (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+  }, 0);
+  return [...document.querySelectorAll("body *")].filter(e => e.checkVisibility() &&
+    !["SCRIPT", "TITLE", "title", "desc", "style"].includes(e.tagName) && !e.classList.contains("number") &&
+    [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim())).map(e => {
+      const under = behind(e), style = getComputedStyle(e);
+      const ink = over(rgba(e.closest("svg") ? style.fill : style.color), under);
+      const [a, b] = [light(ink), light(under)].sort((x, y) => y - x);
+      return [(a + 0.05) / (b + 0.05), e.outerHTML.slice(0, 90)];
+    }).filter(([ratio]) => ratio < 4.5);
+})()
+"""
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with browser(tmp_path_factory.mktemp("profile")) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_report(example.rows(), example.texts(), example.meta(), tmp_path_factory.mktemp("report"))
+
+
+def without_policy(page: Path) -> Path:
+    """A copy whose browser would run scripts and fetch things: what escaping alone is worth."""
+    text = page.read_text()
+    policy = f'<meta http-equiv="Content-Security-Policy" content="{POLICY.replace(chr(39), "&#39;")}">'
+    assert policy in text
+    copy = page.with_name("open.html")
+    copy.write_text(text.replace(policy, ""))
+    return copy
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_it_fits_is_silent_and_asks_for_nothing(chromium: Browser, report: Path, width: int, dark: bool) -> None:
+    for page in (report, *([] if dark else [without_policy(report)])):
+        chromium.open(page, width, dark=dark)
+        assert chromium.value("innerWidth") == width
+        assert chromium.value("document.documentElement.scrollWidth") <= width
+        assert chromium.value(STICKING_OUT) == []
+        assert chromium.requests() == [page.resolve().as_uri()]
+        assert chromium.complaints() == []
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_text_is_legible(chromium: Browser, report: Path, dark: bool) -> None:
+    chromium.open(report, 390, dark=dark)
+    chromium.value("document.querySelectorAll('details').forEach(e => e.open = true)")
+    assert chromium.value(PALE) == []
+    body = chromium.value("getComputedStyle(document.body).backgroundColor")
+    assert ("19, 22, 26" in body) is dark
+    # Letters of plots are scaled with them; 10 pixels is the least on a small screen.
+    scale = chromium.value("document.querySelector('svg').getBoundingClientRect().width / 400")
+    assert 12 * scale >= 10
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_verdict_and_controls_are_on_the_first_screen(chromium: Browser, report: Path, width: int) -> None:
+    height = 844 if width == 390 else 800
+    chromium.open(report, width, height)
+    for selector in (".checked", "#verdict", ".lead", ".answers dt", *([".answers", "#controls"] * (width > 600))):
+        bottom = chromium.value(f"document.querySelector('{selector}').getBoundingClientRect().bottom")
+        assert 0 < bottom <= height, selector
+
+
+def test_an_invalid_report_says_so_before_anything_else(chromium: Browser, tmp_path: Path) -> None:
+    page = write_report(example.rows(), [], example.meta(invalid=["the truth scored 0.98"]), tmp_path)
+    chromium.open(page, 390, 844)
+    assert chromium.value("document.querySelector('.invalid').getBoundingClientRect().bottom") < 844
+    assert chromium.value("parseFloat(getComputedStyle(document.querySelector('#invalid')).fontSize)") > 24
+
+
+def test_prompts_cannot_act_even_without_the_policy(chromium: Browser, tmp_path: Path) -> None:
+    rows, texts, meta = example.poisoned()
+    page = write_report(rows, texts, meta, tmp_path)
+    chromium.open(without_policy(page), 1280)
+    assert chromium.value("document.title") == meta["title"]
+    assert chromium.value("document.querySelectorAll('script, img').length") == 0
+    assert len(chromium.requests()) == 1
+    assert chromium.complaints() == []
+
+
+def test_the_checks_of_this_file_can_fail(chromium: Browser, report: Path) -> None:
+    bad: dict[str, Any] = {
+        "wide": '<p style="width:3000px">wide</p>',
+        "pale": '<p style="color:#ccc;background:#fff">pale</p>',
+        "loud": '<script>console.error("loud")</script>',
+        "asks": '<img src="other.png" alt="">',
+        "acts": example.MARKUP,
+    }
+    page = without_policy(report).with_name("bad.html")
+    page.write_text(without_policy(report).read_text().replace("</main>", "".join(bad.values()) + "</main>"))
+    chromium.open(page, 390)
+    assert len(chromium.value(STICKING_OUT)) == 1
+    assert [pale[1] for pale in chromium.value(PALE)] == [bad["pale"]]
+    assert any("loud" in message for message in chromium.complaints())
+    assert any(address.endswith("other.png") for address in chromium.requests())
+    assert chromium.value("document.title") in {"taken", "1"}
+    page.write_text(report.read_text().replace("</main>", "".join(bad.values()) + "</main>"))
+    chromium.open(page, 390)
+    assert chromium.value("document.title") == "Inversion audit of stories3M"  # the policy is a second wall
+
+
+def test_it_prints_whole(chromium: Browser, report: Path) -> None:
+    chromium.open(report, 794)  # the width of A4
+    chromium("Emulation.setEmulatedMedia", media="print")
+    assert chromium.value("getComputedStyle(document.querySelector('nav')).display") == "none"
+    assert chromium.value("document.documentElement.scrollWidth") <= 794
+    folded = "[...document.querySelectorAll('details:not([open]) table')].map(e => e.getBoundingClientRect().height)"
+    assert min(chromium.value(folded)) > 20
