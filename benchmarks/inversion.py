@@ -27,7 +27,7 @@ from splitveil.embedded import folder
 
 LEARNED = ("mlp", "pooled", "revert")
 BEFORE = ("lens", "nearest", "ridge", "mlp")
-ATTACKS = ("lens", "nearest", "ridge", *LEARNED)
+ATTACKS = ("lens", "nearest", "ridge", *LEARNED, "search")
 DATA = {
     "mts-dialog": ("MTS-Dialog-TestSet-1-MEDIQA-Chat-2023.csv", "dialogue"),
     "presidio-synth-pii": ("synth_dataset_v2.json", "full_text"),
@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("inversion"))
     parser.add_argument("--models", default="", help="only these, with commas")
     parser.add_argument("--cuts", default="", help="only these, with commas")
+    parser.add_argument("--attacks", default=",".join(ATTACKS), help="with commas")
     options = parser.parse_args()
     if not options.shared.is_dir():
         sys.exit(f"{options.shared} is missing: it holds the models and texts of this benchmark (--shared DIR)")
@@ -71,7 +72,7 @@ def main() -> None:
                 victims(options.shared, data),
                 shadow(options.shared),
                 cuts=cuts,
-                attacks=ATTACKS,
+                attacks=options.attacks.split(","),
                 out=out,
                 budget=budget,
                 names=Names(name, data, " ".join(sys.argv)),
@@ -105,16 +106,27 @@ def table(model: str, data: str, report: Any) -> None:
     """Token accuracy by cut and attack, and what the attack is judged by."""
     if not report.valid:
         print(f"INVALID: {report.meta['invalid']}")
-    names = ("floor", "oracle", *ATTACKS)
+    measured = {row.attack for row in report.scores}
+    names = [name for name in ("floor", "floor:commonest", "oracle", *ATTACKS) if name in measured]
     print(f"### {model}, {data}, {report.scores[0].prompts} prompts\n")
-    print(f"| cut | {' | '.join(names)} | revert − best of {', '.join(BEFORE)} | revert ÷ pooled |")
-    print("|---" * (len(names) + 3) + "|")
+    judged = measured.issuperset((*BEFORE, "pooled", "revert"))
+    print(f"| cut | {' | '.join(names)} |" + f" revert − best of {', '.join(BEFORE)} | revert ÷ pooled |" * judged)
+    print("|---" * (len(names) + 1 + 2 * judged) + "|")
     for cut in sorted({row.cut for row in report.scores}):
         rows = {row.attack: row for row in report.scores if row.cut == cut}
-        best = max(rows[name].value for name in BEFORE)
         cells = [cell(rows[name]) for name in names]
-        lead = rows["revert"].value - best
-        print(f"| {cut} | {' | '.join(cells)} | {lead:+.3f} | {rows['revert'].value / rows['pooled'].value:.2f} |")
+        if judged:
+            revert = rows["revert"].value
+            cells += [
+                f"{revert - max(rows[name].value for name in BEFORE):+.4f}",
+                f"{revert / rows['pooled'].value:.2f}",
+            ]
+        print(f"| {cut} | {' | '.join(cells)} |")
+    print()
+    facts = {(row.cut, row.metric): row.value for row in report.rows if row.attack == "search" and row.error is None}
+    for cut in sorted({cut for cut, _ in facts}):
+        tries = ", ".join(f"{name} {facts[cut, f'evaluations_{name}']:.1f}" for name in ("median", "mean", "p99"))
+        print(f"- search, cut {cut}: candidates a token {tries}; certified {facts[cut, 'certified']:.1%}")
     print()
 
 

@@ -132,7 +132,7 @@ def test_a_server_that_dies_in_the_middle(tmp_path: Path) -> None:
 
 
 def test_the_demo(tmp_path: Path) -> None:
-    done = splitveil("demo", "--json", "--max-new-tokens", "32", cache=tmp_path)
+    done = splitveil("demo", "--json", "--max-new-tokens", "32", "--out", str(tmp_path / "report"), cache=tmp_path)
     assert done.returncode == 0, done.stderr
     d = json.loads(done.stdout)
     assert d["identical"]
@@ -142,11 +142,16 @@ def test_the_demo(tmp_path: Path) -> None:
     assert min(d["plain"]["bytes_p"], d["plain"]["pairs_p"]) < 1e-6, "the test could not tell plain activations either"
     assert d["rows_used"] == d["prompt_tokens"] + len(d["private"]["tokens"]) - 1
     assert d["bytes_sent_per_token"] >= d["queries_per_token"] * 4 * (d["width"] + 1024)
+    leak = d["plain_split"]
+    assert d["question"] in leak["recovered"]
+    assert leak["accuracy"] == leak["certified"] == 1.0
+    assert leak["tries"] <= 3
+    assert "<html" in Path(leak["report"]).read_text()
 
 
 def test_the_demo_fits_on_a_screen(tmp_path: Path) -> None:
-    done = splitveil("demo", "--max-new-tokens", "16", cache=tmp_path)
+    done = splitveil("demo", "--max-new-tokens", "16", "--out", str(tmp_path / "report"), cache=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) <= 45
-    for words in ("the server saw", "unencrypted", "never left", "rows used", "identical"):
+    assert len(done.stdout.splitlines()) <= 55
+    for words in ("the server saw", "unencrypted", "never left", "rows used", "identical", "Without encryption"):
         assert words in done.stdout

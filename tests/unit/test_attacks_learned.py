@@ -11,7 +11,7 @@ from splitveil.attacks.learning import CURVE, Curve, Point, learn
 from splitveil.attacks.mlp import Mlp
 from splitveil.attacks.networks import Block, Pasts
 from splitveil.attacks.pooled import Decoder
-from splitveil.attacks.revert import Inverter, Revert, reduced
+from splitveil.attacks.revert import SAY, Inverter, Revert, reduced
 from splitveil.attacks.samples import Samples, Scale
 from splitveil.errors import NonFiniteError
 from splitveil.split import Crossing
@@ -30,7 +30,7 @@ def target() -> Target:
 @pytest.fixture(scope="module")
 def fitted(target: Target) -> dict[str, object]:
     attacks = {}
-    for name in (*LEAST, "floor", "pooled"):
+    for name in (*LEAST, "floor", "floor:commonest", "pooled"):
         attack = attacks[name] = create(name)
         attack.fit(target.knowledge().restricted(attack.needs), EFFORT, silent)
     return attacks
@@ -42,7 +42,7 @@ def test_tokens_are_recovered(target: Target, fitted: dict, name: str) -> None:
     assert score > LEAST[name]
 
 
-@pytest.mark.parametrize("name", [*LEAST, "floor", "pooled"])
+@pytest.mark.parametrize("name", [*LEAST, "floor", "floor:commonest", "pooled"])
 def test_noise_gives_chance(target: Target, fitted: dict, name: str) -> None:
     """What is recovered comes from the states, not from knowing the victims."""
     draw = torch.Generator().manual_seed(6)
@@ -53,8 +53,9 @@ def test_noise_gives_chance(target: Target, fitted: dict, name: str) -> None:
 
 def test_the_floor_does_not_look(target: Target, fitted: dict) -> None:
     blind = Crossing(torch.zeros_like(target.crossing.hidden), target.crossing.mask)
-    first, second = (fitted["floor"].recover(c, silent).tokens for c in (target.crossing, blind))
-    assert torch.equal(first, second)
+    for name in ("floor", "floor:commonest"):
+        first, second = (fitted[name].recover(c, silent).tokens for c in (target.crossing, blind))
+        assert torch.equal(first, second)
 
 
 def test_the_oracle_scores_one(target: Target) -> None:
@@ -63,7 +64,7 @@ def test_the_oracle_scores_one(target: Target) -> None:
     assert target.accuracy(attack.recover(target.crossing, silent).tokens) == 1.0
 
 
-@pytest.mark.parametrize("name", [*LEAST, "floor", "pooled"])
+@pytest.mark.parametrize("name", [*LEAST, "floor", "floor:commonest", "pooled"])
 def test_what_was_learnt_survives_the_disk(target: Target, fitted: dict, name: str) -> None:
     again = create(name)
     state = {key: value.clone() for key, value in fitted[name].state().items()}
@@ -101,8 +102,9 @@ def test_stage_two_writes_what_it_would_write_with_the_text_in_hand(target: Targ
     whole = Crossing(target.crossing.hidden, torch.ones_like(target.crossing.mask))
     written = net.generate(whole)
     with torch.no_grad():
-        points = net.write(whole.hidden, net.project(whole.hidden), written)
-    assert torch.equal(net.scores(points).argmax(-1), written)
+        together = net.scores(net.write(whole.hidden, net.project(whole.hidden), written)).log_softmax(-1)
+        alone = net.alone(whole.hidden).log_softmax(-1)
+    assert torch.equal((together + SAY * alone).argmax(-1), written)
 
 
 def test_stage_two_sees_earlier_tokens_only(target: Target, fitted: dict) -> None:

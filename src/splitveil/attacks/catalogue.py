@@ -3,20 +3,23 @@
 from collections.abc import Callable
 
 from splitveil.attacks.attack import Attack
-from splitveil.attacks.control import Ceiling, Floor
+from splitveil.attacks.control import Ceiling, Commonest, Floor
 from splitveil.attacks.lens import Lens
 from splitveil.attacks.mlp import Mlp
 from splitveil.attacks.nearest import Nearest
+from splitveil.attacks.optimise import Optimise
 from splitveil.attacks.pooled import Pooled
 from splitveil.attacks.revert import Revert
 from splitveil.attacks.ridge import Ridge
+from splitveil.attacks.search import Search
 from splitveil.errors import ConfigurationError
 
-CONTROLS = ("floor", "oracle")
+CONTROLS = ("floor", "floor:commonest", "oracle")
 """Run with every audit; ``oracle`` alone is ever told the prompts."""
 
 _ATTACKS: dict[str, Callable[[], Attack]] = {
-    attack.name: attack for attack in (Floor, Ceiling, Lens, Nearest, Ridge, Mlp, Pooled, Revert)
+    attack.name: attack
+    for attack in (Floor, Commonest, Ceiling, Lens, Nearest, Ridge, Mlp, Pooled, Revert, Optimise, Search)
 }
 
 

@@ -1,4 +1,4 @@
-"""The two controls of every audit: the level of chance, and the score of the truth itself."""
+"""The controls of every audit: two levels of chance, and the score of the truth itself."""
 
 from collections.abc import Mapping
 
@@ -34,6 +34,34 @@ class Floor:
 
     def restore(self, state: Mapping[str, Tensor], knowledge: Knowledge) -> None:
         self._counts, self._seed = state["counts"], state["seed"]
+
+
+class Commonest:
+    """Says the commonest token of the shadow text everywhere: what an attacker falls back to that learnt nothing.
+
+    Of all guesses that do not look, it scores highest, so that an attack above it has read something.
+    """
+
+    name = "floor:commonest"
+    version = 1
+    needs = frozenset({Access.SHADOW})
+    source = "the level of chance"
+    summary = "says the commonest token everywhere: the best guess without looking"
+
+    def fit(self, knowledge: Knowledge, effort: Effort, progress: Progress) -> None:
+        # A special token that every window begins with is no part of what is scored.
+        self._token = torch.bincount(knowledge.shadow.train[:, 1:].flatten()).argmax()
+        progress(1.0, "")
+
+    def recover(self, crossing: Crossing, progress: Progress) -> Recovery:
+        tokens = torch.full(crossing.text.shape, int(self._token))
+        return Recovery(tokens.masked_fill(~crossing.text.cpu(), -1))
+
+    def state(self) -> dict[str, Tensor]:
+        return {"token": self._token}
+
+    def restore(self, state: Mapping[str, Tensor], knowledge: Knowledge) -> None:
+        self._token = state["token"]
 
 
 class Ceiling:

@@ -83,8 +83,20 @@ class WhiteBox:
     @torch.no_grad()
     def __call__(self, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Crossing:
         """What crosses for ``tokens`` (batch, position), after what is in ``cache``."""
+        return self.protect(self.plain(tokens, mask, cache))
+
+    @torch.no_grad()
+    def plain(self, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Crossing:
+        """The same before the defence, which the attacker can leave out where that matches better."""
         self.evaluations += tokens.shape[0]
-        return self.protect(self.device(tokens, mask, cache))
+        crossing: Crossing = self.device(tokens, mask, cache)
+        return crossing
+
+    def soft(self, embeds: Tensor, mask: Tensor | None = None) -> Crossing:
+        """What crosses, before the defence, for input embeddings (batch, position, width); differentiable."""
+        self.evaluations += embeds.shape[0]
+        crossing: Crossing = self.device(None, mask, embeds=embeds)
+        return crossing
 
 
 @dataclass(frozen=True)

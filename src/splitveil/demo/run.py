@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from splitveil.demo.noise_test import NoiseTest, noise_test
+from splitveil.demo.plain_split import PlainSplit, attack_plain_split
 from splitveil.embedded import folder
 from splitveil.errors import SplitveilError
 from splitveil.serving.connect import connect, connection, disconnect
@@ -60,6 +61,7 @@ class Demonstration:
     rows_used: int
     width: int
     pool_bytes: int
+    plain_split: PlainSplit
     seconds: float
     modules: list[str] = field(default_factory=list)
 
@@ -69,8 +71,12 @@ class Demonstration:
         return self.private.tokens == self.plaintext.tokens
 
 
-def demonstrate(question: str = QUESTION, new_tokens: int = NEW_TOKENS) -> Demonstration:
-    """Runs everything, in under a minute on two cores. Raises ``SplitveilError`` if the vendor's process fails."""
+def demonstrate(question: str = QUESTION, new_tokens: int = NEW_TOKENS, out: Path | None = None) -> Demonstration:
+    """Runs everything, in under a minute on two cores.
+
+    The report on the plain split goes to ``out``, by default a new folder among the temporary ones.
+    Raises ``SplitveilError`` if the vendor's process fails.
+    """
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -81,7 +87,8 @@ def demonstrate(question: str = QUESTION, new_tokens: int = NEW_TOKENS) -> Demon
     def load() -> Any:
         return AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32, local_files_only=True).eval()
 
-    ids = tokenizer(f"Question: {question}\nAnswer:", return_tensors="pt")["input_ids"]
+    prompt = f"Question: {question}\nAnswer:"
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     model = load()
     base_reply, _ = _replies(model, model, ids, new_tokens, tokenizer)
     with warnings.catch_warnings():
@@ -111,6 +118,8 @@ def demonstrate(question: str = QUESTION, new_tokens: int = NEW_TOKENS) -> Demon
         seen = vendor.report()
     tokens = ids.shape[1] + len(private.tokens) - 1
     plain = _as_sent_without_mask(captured)
+    out = Path(tempfile.mkdtemp(prefix="splitveil-demo-")) if out is None else out
+    leak = attack_plain_split(model, tokenizer, prompt, out)
     return Demonstration(
         question=question,
         prompt_tokens=ids.shape[1],
@@ -130,6 +139,7 @@ def demonstrate(question: str = QUESTION, new_tokens: int = NEW_TOKENS) -> Demon
         rows_used=rows // len(groups),
         width=min(layer.width for layer in publication.layers),
         pool_bytes=pool_bytes,
+        plain_split=leak,
         seconds=time.perf_counter() - begun,
         modules=sorted({name.rpartition(".")[2] for layer in publication.layers for name, _ in layer.outputs}),
     )

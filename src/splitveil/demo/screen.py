@@ -2,6 +2,7 @@
 
 from rich.columns import Columns
 from rich.console import Console
+from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
@@ -11,13 +12,13 @@ from splitveil.demo.run import Demonstration
 
 def show(d: Demonstration, console: Console) -> None:
     """Prints the demonstration; about forty lines at 100 columns."""
-    console.print(f"[bold]A patient asks:[/bold] {d.question}")
+    console.print(f"[bold]A patient asks:[/bold] {escape(d.question)}")
     half = max(30, console.width // 2 - 1)
     console.print(
         Columns(
             [
-                Panel(_shortened(d.base.text), title="open base model alone", width=half),
-                Panel(_shortened(d.private.text), title="with the private clinic adapter", width=half),
+                Panel(escape(_shortened(d.base.text)), title="open base model alone", width=half),
+                Panel(escape(_shortened(d.private.text)), title="with the private clinic adapter", width=half),
             ]
         )
     )
@@ -28,6 +29,17 @@ def show(d: Demonstration, console: Console) -> None:
     for name, text in _facts(d):
         table.add_row(name, text)
     console.print(table)
+    leak = d.plain_split
+    console.print(
+        f"[bold]Without encryption[/bold], split after block {leak.cut} of {leak.blocks}, whoever runs the upper half "
+        f"reads in {leak.seconds:.0f} s from the hidden states:"
+    )
+    console.print(Panel(escape(leak.recovered), title=f"{leak.accuracy:.0%} of the tokens right", width=console.width))
+    console.print(
+        f"{leak.certified:.0%} of them certain, with {leak.tries:.0f} tries a token out of {leak.vocabulary:,}. "
+        f"Report: {escape(leak.report)}",
+        soft_wrap=True,
+    )
 
 
 def _facts(d: Demonstration) -> list[tuple[str, str]]:

@@ -26,19 +26,32 @@ class DeviceHalf(nn.Module):
         """An empty cache for one session of this half."""
         return DynamicCache(config=self.model.config)
 
-    def forward(self, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Crossing:
-        """What crosses for ``tokens`` (batch, position).
+    def forward(
+        self,
+        tokens: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: Cache | None = None,
+        *,
+        embeds: Tensor | None = None,
+    ) -> Crossing:
+        """What crosses for ``tokens`` (batch, position), or for input embeddings ``embeds`` (batch, position, width).
 
         ``mask`` (batch, earlier positions + position) covers what is in ``cache`` too; without it all is text.
+        Raises ``ConfigurationError`` unless exactly one of ``tokens`` and ``embeds`` is given.
         """
-        seen = (0 if cache is None else cache.get_seq_length()) + tokens.shape[1]
-        mask = _mask(mask, tokens.shape[0], seen, tokens.device)
+        given = [x for x in (tokens, embeds) if x is not None]
+        if len(given) != 1:
+            raise ConfigurationError(f"a device half takes either tokens or embeds, got {len(given)} of them")
+        batch, count = given[0].shape[:2]
+        seen = (0 if cache is None else cache.get_seq_length()) + count
+        mask = _mask(mask, batch, seen, given[0].device)
         self.model.base_model(
             input_ids=tokens,
+            inputs_embeds=embeds,
             attention_mask=mask,
             past_key_values=cache,
             use_cache=cache is not None,
-            **_positions(self.model, mask, tokens.shape[1]),
+            **_positions(self.model, mask, count),
         )
         return Crossing(self._exit[0].leave(), mask)
 
