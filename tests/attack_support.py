@@ -42,6 +42,7 @@ class Target:
         last = cut(self.model, self.halves.blocks).cloud
 
         def head(hidden: Tensor) -> Tensor:
+            hidden = hidden[..., : self.model.config.hidden_size]  # of what a defence widened, as much as it can take
             return last(Crossing(hidden, torch.ones(hidden.shape[:2], dtype=torch.long)))
 
         return Knowledge(
