@@ -226,6 +226,12 @@ def test_a_defence_counts_only_attacks_that_succeed_without_it() -> None:
     assert defended(Measurements(weak), HERE, 1, "encrypted").standing is Standing.UNKNOWN
 
 
+@pytest.mark.parametrize(("prompts", "standing"), [(2, Standing.UNKNOWN), (29, Standing.UNKNOWN), (30, Standing.FLOOR)])
+def test_two_prompts_of_which_nothing_came_back_prove_nothing(prompts: int, standing: Standing) -> None:
+    """Their bootstrap interval is 0 to 0."""
+    assert against_floor(Cell(0.0, 0.0, 0.0, prompts), Cell(0.0, 0.0, 0.0, prompts)).standing is standing
+
+
 def test_an_attack_that_failed_under_a_defence_is_not_at_the_floor() -> None:
     rows = example.rows()
     for r in rows:

@@ -9,6 +9,8 @@ from splitveil.report.numbers import counted, listed, percent
 
 POWER = 0.02
 """An interval must be able to show this much above the floor."""
+LEAST = 30
+"""Prompts that a bootstrap needs. Where nothing was recovered at all, it has no width, however few they are."""
 
 
 class Standing(StrEnum):
@@ -29,7 +31,7 @@ class Judgement:
 
 def against_floor(cell: Cell, floor: Cell) -> Judgement:
     """Above: the intervals do not meet. At the floor: the interval contains the floor or lies below it, and ends no
-    more than two points above it. Anything between cannot be told.
+    more than two points above it, with ``LEAST`` prompts or more. Anything between cannot be told.
     """
     if not cell.measured or not floor.measured:
         return Judgement(Standing.UNKNOWN, (cell if not cell.measured else floor).reason)
@@ -39,7 +41,7 @@ def against_floor(cell: Cell, floor: Cell) -> Judgement:
         return Judgement(Standing.ABOVE, f"{percent(cell.value)} where guessing reaches {percent(floor.value)}")
     if cell.low > floor.value:
         return Judgement(Standing.UNKNOWN, "its interval meets the floor's, but does not contain the floor")
-    if cell.high - floor.value > POWER:
+    if cell.prompts < LEAST or cell.high - floor.value > POWER:
         return Judgement(
             Standing.UNKNOWN, f"{counted(cell.prompts, 'prompt')} are too few to see two points above the floor"
         )
