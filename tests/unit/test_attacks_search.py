@@ -17,7 +17,7 @@ from transformers import (
 
 from splitveil.attacks.attack import Effort, Recovery, silent
 from splitveil.attacks.knowledge import Access, Knowledge, WhiteBox
-from splitveil.attacks.search import Search
+from splitveil.attacks.search import Search, twins
 from splitveil.attacks.search_prefix import Prefixes
 from splitveil.embedded import folder
 from splitveil.errors import ConfigurationError
@@ -202,6 +202,27 @@ def test_tokens_that_nothing_tells_apart_are_not_certified() -> None:
     assert not certified[3]
     assert recovery.tokens[0, 3] in (7, 9)
     assert certified[[0, 1, 2, 4, 5]].all()
+
+
+def test_twins_are_found_number_for_number() -> None:
+    embeddings = torch.randn(300, 8, generator=torch.Generator().manual_seed(3))
+    embeddings[7] = embeddings[250] = embeddings[120]
+    embeddings[30] = embeddings[31]
+    embeddings[40] = embeddings[41] + 1e-6
+    assert twins(embeddings).nonzero()[:, 0].tolist() == [7, 30, 31, 120, 250]
+
+
+def test_twins_are_never_certified_even_if_only_one_was_tried() -> None:
+    """Six tokens with one embedding: the two candidates that are tried first need not be two of them."""
+    model = random_model(tiny_llama(vocab_size=400))
+    model.get_input_embeddings().weight.data[394:] = model.get_input_embeddings().weight.data[394]
+    tokens = torch.tensor([[3, 396, 7, 399, 11]])
+    knowledge = known(model, 1)
+    found = fitted(knowledge).recover(crossed(knowledge, tokens), silent)
+    assert torch.equal(found.tokens[0, [0, 2, 4]], tokens[0, [0, 2, 4]])
+    assert (found.tokens[0, [1, 3]] >= 394).all()
+    assert found.facts["certified"].tolist() == [[1, 0, 1, 0, 1]]
+    assert found.facts["gap"][0, [1, 3]].tolist() == [0, 0]
 
 
 def test_a_limit_is_kept() -> None:

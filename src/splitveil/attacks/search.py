@@ -56,7 +56,9 @@ class Search:
     - ``distance``: ‖crossing − candidate‖ / ‖crossing‖ of the token returned;
     - ``gap``: the same of the runner-up, minus ``distance``. The runner-up is the nearest other token *among those
       tried*, at least the one that the ranking holds next likeliest; tokens never tried might be nearer;
-    - ``certified``: 1 where the distance is within the tolerance and the runner-up's is not, else 0.
+    - ``certified``: 1 where the distance is within the tolerance and the runner-up's is not, else 0. Tokens with one
+      and the same embedding (rows that were never trained, such as a byte's that no text has) cross alike: nothing
+      tells them apart, and none of them is ever certified.
 
     An evaluation is one candidate, batched or not. What ``fit`` spends is counted in ``fitted``, not there.
     """
@@ -75,6 +77,7 @@ class Search:
         """Sequences run through the device half outside the search itself: for ranking and calibration."""
         self._white_box: WhiteBox | None = None
         self._ranking: Ranking | None = None
+        self._alike = torch.zeros(0, dtype=torch.bool)
         self._calibrations: dict[torch.dtype, Calibration] = {}
         self._protected = True
 
@@ -83,7 +86,7 @@ class Search:
         white_box = knowledge.white_box
         before = white_box.evaluations
         more_time = until(effort.seconds)
-        self._white_box = white_box
+        self._white_box, self._alike = white_box, twins(white_box.embeddings())
         self._calibrations = {}
         self._protected = _matches_protected(Recorder(white_box, knowledge.vocabulary, True, effort.seed + 1))
         recorder = Recorder(white_box, knowledge.vocabulary, self._protected, effort.seed)
@@ -120,10 +123,13 @@ class Search:
             found = self._search(prefixes, hidden[:, position], rows, tolerance, lost)
             tokens[rows, position] = found.tokens[rows]
             # At tolerance 0 calibration has shown that distances prove nothing, not even one of 0.
-            sure = (tolerance > 0) & (found.distance <= tolerance) & (found.second > tolerance)
+            alike = self._alike[found.tokens.clamp(min=0)]
+            sure = (found.distance <= tolerance) & (found.second > tolerance) & ~alike
+            sure &= tolerance > 0
+            gap = (found.second - found.distance).masked_fill(alike, 0.0)
             facts["evaluations"][rows, position] = found.evaluations[rows]
             facts["distance"][rows, position] = found.distance[rows]
-            facts["gap"][rows, position] = (found.second - found.distance)[rows]
+            facts["gap"][rows, position] = gap[rows]
             facts["certified"][rows, position] = sure[rows].float()
             prefixes.extend(found.tokens.clamp(min=0), found.entries)
             used = facts["evaluations"].nanmean().item()
@@ -216,9 +222,20 @@ class Search:
         """Takes the place of ``fit``."""
         self._white_box = knowledge.white_box
         self._ranking = Ranking.restored(state, knowledge.white_box.embeddings().device)
+        self._alike = twins(knowledge.white_box.embeddings())
         self._protected = bool(state["protected"])
         self.fitted = int(state["fitted"])
         self._calibrations = {}
+
+
+def twins(embeddings: Tensor) -> Tensor:
+    """(vocabulary,) of bool: the tokens whose embedding another token has too, number for number."""
+    order = embeddings.double().sum(1).argsort()
+    found = torch.zeros(len(order), dtype=torch.bool, device=embeddings.device)
+    for part in torch.split(torch.stack([order[:-1], order[1:]], 1), 4096):
+        equal = (embeddings[part[:, 0]] == embeddings[part[:, 1]]).all(1)
+        found[part[equal].flatten()] = True
+    return found
 
 
 def _matches_protected(recorder: Recorder) -> bool:
