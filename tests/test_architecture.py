@@ -21,7 +21,8 @@ ALLOWED = {
     "defences": {"errors", "split", "private"},
     "report": {"errors"},
     "auditing": {"errors", "split", "attacks", "information", "defences", "report"},
-    "serving": {"errors", "lattice", "private", "wire", "adapters"},
+    "metering": {"errors"},
+    "serving": {"errors", "lattice", "private", "wire", "adapters", "metering"},
     "demo": {"errors", "private", "wire", "adapters", "serving", "embedded", "auditing"},
     "bench": {
         "errors",
@@ -35,7 +36,7 @@ ALLOWED = {
         "attacks",
         "auditing",
     },
-    "cli": {"errors", "adapters", "embedded", "serving", "demo", "bench", "auditing", "splitveil"},
+    "cli": {"errors", "adapters", "embedded", "serving", "metering", "demo", "bench", "auditing", "splitveil"},
     "__init__": {"errors", "private", "serving", "auditing"},
     "__main__": {"cli"},
 }
@@ -51,6 +52,7 @@ HOMES = {
     "cryptography": {"lattice"},
     "click": {"cli"},
     "rich": {"cli", "demo", "bench"},
+    "sqlalchemy": {"metering"},
     "jinja2": {"report"},
     "markupsafe": {"report"},
 }

@@ -13,7 +13,9 @@
     │   └── VersionError            the other side speaks another version
     ├── ConnectionFailedError       no server there, another program there, or the connection broke
     ├── RefusedError                the server understood the request and refused it
-    │   └── UnknownAdapterError     … because it serves no adapter of that name
+    │   ├── UnknownAdapterError     … because it serves no adapter of that name
+    │   ├── KeyRejectedError        … because the API key is wrong, revoked, expired, or for another adapter
+    │   └── BudgetExceededError     … because so many rows are past the limit of this client
     ├── UndeclaredKnowledgeError    an attack reached for something that it has not declared
     ├── NonFiniteError              NaN or infinity where a number was expected
     └── MaskReuseError              a one-time mask was about to serve twice
@@ -77,6 +79,14 @@ class RefusedError(SplitveilError):
 
 class UnknownAdapterError(RefusedError):
     """The server serves no adapter of that name."""
+
+
+class KeyRejectedError(RefusedError):
+    """The API key is wrong, revoked, expired, or for another adapter."""
+
+
+class BudgetExceededError(RefusedError):
+    """So many rows would be past the limit of this client."""
 
 
 class UndeclaredKnowledgeError(SplitveilError):

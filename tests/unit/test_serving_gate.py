@@ -1,4 +1,4 @@
-"""The gate: asked once a layer and query, between the checks and the computation, and obeyed."""
+"""The gate: asked once a query, between the checks and the computation, and obeyed."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -12,8 +12,9 @@ from splitveil.private.core import LayerSpec
 from splitveil.private.engine import ServedHalf
 from splitveil.private.layer import publish
 from splitveil.private.published import digest
+from splitveil.serving.gate import ANONYMOUS
 from splitveil.serving.publishing import ServedAdapter
-from splitveil.serving.server import ANONYMOUS, Server
+from splitveil.serving.server import Server
 from splitveil.serving.session import Session
 
 WIDTHS = (16, 16, 24)
@@ -27,9 +28,9 @@ class Recording:
         self.events = events
         self.refused: set[str] = set()
 
-    def reserve(self, identity: str, adapter: str, module: str, rows: int) -> None:
-        self.events.append(("reserve", identity, adapter, module, rows))
-        if module in self.refused:
+    def reserve_all(self, identity: str, adapter: str, modules: Sequence[str], rows: int) -> None:
+        self.events.append(("reserve", identity, adapter, *modules, rows))
+        for module in self.refused.intersection(modules):
             raise RefusedError(f"no more rows of {module}")
 
 
@@ -83,12 +84,11 @@ def ask(session: Session, layers: Sequence[int], rows: int = 1, extra: int = 0) 
     return session.result(session.submit(layers, rows, bytes(size + extra)))
 
 
-def test_asked_once_a_layer_after_the_check_and_before_the_kernel(session: Session, gate: Recording) -> None:
+def test_asked_once_a_query_after_the_check_and_before_the_kernel(session: Session, gate: Recording) -> None:
     assert len(ask(session, [1, 0], 3)) == 3 * 4 * 4
     assert gate.events == [
         ("check",),
-        ("reserve", ANONYMOUS, "clinic", "m1.k", 3),
-        ("reserve", ANONYMOUS, "clinic", "m0", 3),
+        ("reserve", ANONYMOUS, "clinic", "m1.k", "m0", 3),
         ("answer",),
     ]
     gate.events.clear()

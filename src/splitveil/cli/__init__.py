@@ -18,6 +18,12 @@ COMMANDS = {
         "Answer one prompt privately (the customer's side).",
     ),
     "chat": ("splitveil.cli.generate", "chat", "Talk to a base model with a private adapter."),
+    "audit": (
+        "splitveil.cli.audit",
+        "audit",
+        "How much of a prompt leaks where a model is split?",
+    ),
+    "keys": ("splitveil.cli.keys", "keys", "Make, list and revoke the API keys of clients (the vendor's side)."),
     "inspect": ("splitveil.cli.inspect", "inspect", "Can this adapter be served? What would it cost?"),
     "bench": ("splitveil.cli.bench", "bench", "Measure speed and size on this machine, both sides in one run."),
 }

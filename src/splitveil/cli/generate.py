@@ -4,10 +4,12 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
 
+from splitveil.cli.keys import read_key
 from splitveil.cli.models import DTYPES, load_base
 from splitveil.errors import ConfigurationError, SplitveilError
 
@@ -15,6 +17,12 @@ _OPTIONS = [
     click.option("--base", required=True, metavar="DIR", help="The base model: a local folder, or embedded:base."),
     click.option("--server", required=True, metavar="HOST:PORT", help="Where the vendor serves the adapter."),
     click.option("--adapter", required=True, metavar="NAME", help="The adapter's name there."),
+    click.option(
+        "--key-file",
+        type=click.Path(path_type=Path, dir_okay=False),
+        metavar="FILE",
+        help="Holds the API key, where the vendor asks for one; without it, $SPLITVEIL_API_KEY.",
+    ),
     click.option("--max-new-tokens", default=128, show_default=True, type=click.IntRange(1)),
     click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(0), help="0 means greedy."),
     click.option("--seed", type=int, help="Seed for sampling."),
@@ -34,7 +42,7 @@ def _common(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--prompt", required=True, metavar="TEXT|-", help="The prompt; - reads it from standard input.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 def generate(
-    prompt: str, as_json: bool, max_new_tokens: int, temperature: float, seed: int | None, **where: str
+    prompt: str, as_json: bool, max_new_tokens: int, temperature: float, seed: int | None, **where: Any
 ) -> None:
     """Answer one prompt with a base model on this machine and an adapter that stays with its vendor.
 
@@ -61,7 +69,7 @@ def generate(
 
 @click.command()
 @_common
-def chat(max_new_tokens: int, temperature: float, seed: int | None, **where: str) -> None:
+def chat(max_new_tokens: int, temperature: float, seed: int | None, **where: Any) -> None:
     """Talk to a base model with a private adapter; an empty line, or end of file, ends it.
 
     The tokenizer's chat template is used where it has one. Without one, every line is asked on its own in the form
@@ -85,13 +93,14 @@ def chat(max_new_tokens: int, temperature: float, seed: int | None, **where: str
         history.append({"role": "assistant", "content": result["text"]})
 
 
-def _connected(where: dict[str, str]) -> tuple[Any, Any]:
+def _connected(where: dict[str, Any]) -> tuple[Any, Any]:
     """The base model, connected to the server's adapter, and its tokenizer."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
     from splitveil.serving.connect import connect
 
+    key = read_key(where["key_file"])
     model, tokenizer = load_base(where["base"], dtype=where["dtype"], device=where["device"])
     columns = TextColumn("downloading the publication"), BarColumn(), DownloadColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
@@ -100,6 +109,7 @@ def _connected(where: dict[str, str]) -> tuple[Any, Any]:
             model,
             where["server"],
             where["adapter"],
+            api_key=key,
             progress=lambda done, total: bar.update(task, completed=done, total=total, visible=True),
         )
     return model, tokenizer

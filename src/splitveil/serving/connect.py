@@ -39,20 +39,26 @@ def connect(
     ``generate()`` works as before, without consuming torch's random state. What leaves this machine is encrypted
     rows; what stays visible to the server is how many, and when (SECURITY.md).
 
-    ``pool_bytes`` bounds the masks prepared ahead of time, ``cache`` is where publications are kept (by default in the
-    user's cache folder), ``progress(done, total)`` is called while a publication is downloaded.
+    ``api_key`` is what the vendor gave this client, where the vendor asks for one. ``pool_bytes`` bounds the masks
+    prepared ahead of time, ``cache`` is where publications are kept (by default in the user's cache folder),
+    ``progress(done, total)`` is called while a publication is downloaded.
 
-    Raises ``ConnectionFailedError``, ``UnknownAdapterError``, ``BaseModelError`` if the adapter is for another base,
-    ``ConfigurationError`` if the model is connected already.
+    Raises ``ConnectionFailedError``, ``UnknownAdapterError``, ``KeyRejectedError``, ``BaseModelError`` if the adapter
+    is for another base, ``ConfigurationError`` if the model is connected already.
     """
-    if api_key is not None or tls is not None:
-        raise ConfigurationError("API keys and TLS are not available in this version; serve and connect on loopback")
+    if tls is not None:
+        raise ConfigurationError("TLS is not available in this version; serve and connect on loopback")
     require_loopback(split_address(address)[0], "connect beyond loopback")
     check_adapter_name(adapter)
     if base_model in _connected:
         raise ConfigurationError("this model is connected already; call splitveil.disconnect(model) first")
     session = Session(
-        address, adapter, cache=cache or PublicationCache(), progress=progress, allow_insecure=allow_insecure
+        address,
+        adapter,
+        key=api_key or "",
+        cache=cache or PublicationCache(),
+        progress=progress,
+        allow_insecure=allow_insecure,
     )
     try:
         modules = locate(base_model, session.publication)

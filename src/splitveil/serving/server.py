@@ -12,8 +12,8 @@ from typing import Any
 
 import grpc
 
-from splitveil.errors import ConfigurationError, ProtocolError, RefusedError
-from splitveil.serving.gate import Gate, Open
+from splitveil.errors import BudgetExceededError, ConfigurationError, KeyRejectedError, ProtocolError, RefusedError
+from splitveil.serving.gate import Admitted, Anyone, Doorkeeper, Gate, Open
 from splitveil.serving.publishing import ServedAdapter
 from splitveil.wire import codec
 
@@ -21,7 +21,6 @@ log = logging.getLogger(__name__)
 
 HELLO_SECONDS = 20.0
 DEFAULT_SESSIONS = 32
-ANONYMOUS = "anonymous"
 
 OPTIONS = [
     *codec.GRPC_OPTIONS,
@@ -47,14 +46,18 @@ class Server:
         listen: str = "127.0.0.1:7433",
         *,
         gate: Gate | None = None,
+        keys: Doorkeeper | None = None,
         sessions: int = DEFAULT_SESSIONS,
         on_query: Callable[[str, codec.Query], None] | None = None,
+        on_close: Callable[[], None] | None = None,
     ) -> None:
+        """``gate`` may refuse rows, ``keys`` clients; without them all are answered. ``on_close`` is called once."""
         host, port = split_address(listen)
         require_loopback(host, "listen beyond loopback")
         if not adapters:
             raise ConfigurationError("a server needs at least one adapter: --adapter NAME=DIR")
-        self._service = _Service(adapters, gate or Open(), on_query)
+        self._service = _Service(adapters, gate or Open(), keys, on_query)
+        self._on_close = on_close
         threads: Any = _Threads()  # gRPC asks for a ThreadPoolExecutor, and calls ``submit`` alone
         self._server = grpc.server(
             threads,
@@ -84,6 +87,9 @@ class Server:
     def close(self) -> None:
         """Ends all sessions and stops listening; safe to call twice."""
         self._server.stop(grace=0.5).wait()
+        on_close, self._on_close = self._on_close, None
+        if on_close is not None:
+            on_close()
 
     def __enter__(self) -> "Server":
         return self
@@ -122,10 +128,12 @@ class _Service(grpc.GenericRpcHandler):
         self,
         adapters: Mapping[str, ServedAdapter],
         gate: Gate,
+        keys: Doorkeeper | None,
         on_query: Callable[[str, codec.Query], None] | None,
     ) -> None:
         self.adapters = dict(adapters)
         self._gate = gate
+        self._keys = keys
         self._on_query = on_query
 
     def service(self, details: Any) -> Any:
@@ -151,7 +159,7 @@ class _Service(grpc.GenericRpcHandler):
             impatience.cancel()
 
     def _serve(self, hello: codec.Hello | codec.Query, requests: Iterator[bytes]) -> Iterator[bytes]:
-        adapter = self._admit(hello)
+        client, adapter = self._admit(hello)
         name = hello.adapter if isinstance(hello, codec.Hello) else ""
         size = len(adapter.published)
         yield codec.encode_server(codec.Welcome(codec.VERSION, adapter.digest, size, adapter.max_rows))
@@ -164,10 +172,10 @@ class _Service(grpc.GenericRpcHandler):
                 raise ProtocolError(f"query number {seq} was expected")
             if self._on_query is not None:
                 self._on_query(name, query)
-            yield codec.encode_server(self._reply(name, adapter, query))
+            yield codec.encode_server(self._reply(client, name, adapter, query))
 
-    def _admit(self, hello: codec.Hello | codec.Query) -> ServedAdapter:
-        """The adapter that the client asks for. Raises ``ProtocolError`` or ``_Rejected``."""
+    def _admit(self, hello: codec.Hello | codec.Query) -> tuple[Admitted, ServedAdapter]:
+        """The client, and the adapter that it asks for. Raises ``ProtocolError`` or ``_Rejected``."""
         if not isinstance(hello, codec.Hello):
             raise ProtocolError("a session begins with Hello")
         if hello.version != codec.VERSION:
@@ -175,28 +183,47 @@ class _Service(grpc.GenericRpcHandler):
                 grpc.StatusCode.FAILED_PRECONDITION,
                 f"protocol version {hello.version} is not served here, only {codec.VERSION}",
             )
-        if hello.key:
-            raise _Rejected(grpc.StatusCode.UNAUTHENTICATED, "this server knows no API keys; connect without one")
+        client = self._identify(hello)
         adapter = self.adapters.get(hello.adapter)
         if adapter is None:
             raise _Rejected(grpc.StatusCode.NOT_FOUND, "no adapter of that name is served here")
-        return adapter
+        return client, adapter
 
-    def _reply(self, name: str, adapter: ServedAdapter, query: codec.Query) -> codec.Answer | codec.Refusal:
+    def _identify(self, hello: codec.Hello) -> Admitted:
+        """Before the adapter is looked up: who has no key does not learn which there are. Raises ``_Rejected``."""
+        if self._keys is None:
+            if hello.key:
+                raise _Rejected(grpc.StatusCode.UNAUTHENTICATED, "this server knows no API keys; connect without one")
+            return Anyone()
+        if not hello.key:
+            raise _Rejected(grpc.StatusCode.UNAUTHENTICATED, "this server asks for an API key, which its vendor makes")
+        try:
+            return self._keys.admit(hello.key, hello.adapter)
+        except KeyRejectedError as error:
+            raise _Rejected(grpc.StatusCode.UNAUTHENTICATED, str(error)) from None
+        except RefusedError as error:
+            raise _Rejected(grpc.StatusCode.PERMISSION_DENIED, str(error)) from None
+
+    def _reply(
+        self, client: Admitted, name: str, adapter: ServedAdapter, query: codec.Query
+    ) -> codec.Answer | codec.Refusal:
         """The answer, or a refusal that leaves the session open."""
         try:
             adapter.half.check(query.layers, query.rows, len(query.data))
             limit = min(adapter.max_rows, codec.max_rows(1, adapter.answer_size(query.layers)))
             if query.rows > limit:
                 raise ProtocolError(f"{query.rows} rows in a query; at most {limit} are answered")
-            for index in query.layers:
-                module = adapter.publication.layers[index].outputs[0][0]
-                self._gate.reserve(ANONYMOUS, name, module, query.rows)
+            client.check()
+            modules = [adapter.publication.layers[index].outputs[0][0] for index in query.layers]
+            self._gate.reserve_all(client.identity, name, modules, query.rows)
             return codec.Answer(query.seq, adapter.half.answer(query.layers, query.rows, query.data))
         except ProtocolError as error:
             return codec.Refusal(query.seq, budget=False, message=str(error))
+        except KeyRejectedError as error:
+            raise _Rejected(grpc.StatusCode.UNAUTHENTICATED, str(error)) from None
         except RefusedError as error:
-            return codec.Refusal(query.seq, budget=True, message=str(error))
+            spent = isinstance(error, BudgetExceededError)
+            return codec.Refusal(query.seq, budget=spent, message=str(error))
 
 
 class _Rejected(Exception):  # noqa: N818 - not an error of ours: it ends a session with a status

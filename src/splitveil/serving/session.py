@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from splitveil.errors import ProtocolError, RefusedError, UnknownAdapterError, VersionError
+from splitveil.errors import BudgetExceededError, ProtocolError, RefusedError, UnknownAdapterError, VersionError
 from splitveil.private.published import Publication, digest
 from splitveil.serving.cache import PublicationCache
 from splitveil.serving.stream import Stream, Ticket, Traffic
@@ -22,13 +22,14 @@ class Session:
         address: str,
         adapter: str,
         *,
+        key: str = "",
         cache: PublicationCache | None = None,
         progress: Callable[[int, int], None] | None = None,
         allow_insecure: bool = False,
     ) -> None:
         self.address = address
         have = None if cache is None else cache.load(address, adapter)
-        hello = codec.Hello(codec.VERSION, adapter, b"" if have is None else digest(have))
+        hello = codec.Hello(codec.VERSION, adapter, b"" if have is None else digest(have), key)
         self._stream = Stream(address, hello)
         try:
             self.welcome = self._welcome(adapter)
@@ -51,10 +52,14 @@ class Session:
         return self._stream.submit(tuple(layers), rows, data)
 
     def result(self, ticket: Ticket) -> bytes:
-        """The answer to a query, waiting for it, once. Raises ``RefusedError`` if the server refused it."""
+        """The answer to a query, waiting for it, once.
+
+        Raises ``RefusedError`` if the server refused it, ``BudgetExceededError`` if that is for too many rows.
+        """
         message = self._stream.wait(ticket)
         if isinstance(message, codec.Refusal):
-            raise RefusedError(f"the server refused a query: {message.message}")
+            kind = BudgetExceededError if message.budget else RefusedError
+            raise kind(f"the server refused a query: {message.message}")
         return message.data
 
     def close(self) -> None:

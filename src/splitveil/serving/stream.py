@@ -19,6 +19,7 @@ import grpc
 
 from splitveil.errors import (
     ConnectionFailedError,
+    KeyRejectedError,
     ProtocolError,
     RefusedError,
     SplitveilError,
@@ -213,7 +214,8 @@ class Stream:
             case grpc.StatusCode.FAILED_PRECONDITION:
                 return VersionError(f"{server}: {details}")
             case grpc.StatusCode.UNAUTHENTICATED | grpc.StatusCode.PERMISSION_DENIED:
-                return RefusedError(f"{server} refuses: {details}")
+                kind = KeyRejectedError if status is grpc.StatusCode.UNAUTHENTICATED else RefusedError
+                return kind(f"{server} refuses: {details}")
             case grpc.StatusCode.INVALID_ARGUMENT:
                 return ProtocolError(f"{server} rejected a message: {details}")
             case grpc.StatusCode.RESOURCE_EXHAUSTED if "larger than max" in details or "metadata size" in details:

@@ -1,0 +1,1 @@
+"""Where keys and leases are kept: SQLite by default, PostgreSQL by URL."""
