@@ -9,7 +9,7 @@ help:
 	@echo "make demo    see a private adapter answer, on this machine (sets up on first use)"
 	@echo "make test    run all tests"
 	@echo "make check   lint, formatting, strict types, import rules"
-	@echo "make bench   measure speed and size, both sides in one run"
+	@echo "make bench   measure speed, size and leaks, both sides in one run (hours; benchmarks/RESULTS.md names the parts)"
 	@echo "make format  format the code"
 
 setup: $(READY)
@@ -42,6 +42,9 @@ format: setup
 bench: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/splitveil bench
+	$(BIN)/python benchmarks/search.py
+	$(BIN)/python benchmarks/inversion.py --full
+	PYTHONPATH=tests $(BIN)/python benchmarks/ledger.py
 
 # The generated module is committed; this makes it anew after a change of the .proto file.
 proto: setup
