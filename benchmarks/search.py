@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from inversion import DATA, victims
+from inversion import DATA, absent, victims
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -38,6 +38,8 @@ def main() -> None:
     parser.add_argument("--cuts", default="0,1,2,3,4,5,6", help="with commas")
     parser.add_argument("--defences", default="none,bfloat16,int8", help="with commas")
     options = parser.parse_args()
+    if absent(options.shared):
+        return
     print(f"{datetime.date.today()}, splitveil {splitveil.__version__}, torch {torch.__version__}\n")
     columns = (
         *("model", "cut", "crossing", "tokens right", "of those with an embedding of their own", "certified"),
