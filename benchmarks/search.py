@@ -85,10 +85,11 @@ def measure(model: Any, block: int, spec: str, tokens: Tensor) -> str:
     search, _, defence, learning = fitted(device, spec, model.config.vocab_size, model.config.hidden_size)
     with torch.no_grad():
         crossing = defence.protect(device(tokens))
+    embeddings = model.get_input_embeddings().weight.detach()
     begun = time.perf_counter()
     found = search.recover(crossing, silent)
     seconds = time.perf_counter() - begun
-    right, own = found.tokens == tokens, ~twins(model.get_input_embeddings().weight.detach())[tokens]
+    right, own = found.tokens == tokens, ~twins(embeddings, torch.arange(len(embeddings)))[tokens]
     tries = found.facts["evaluations"].numpy()
     figures = f"{np.median(tries):.0f} | {tries.mean():.2f} | {np.percentile(tries, 99):.0f} | {tries.max():.0f}"
     sure = found.facts["certified"].mean().item()

@@ -15,6 +15,8 @@ from splitveil.attacks.search_ranking import Ranking, Recorder, fit_ranking, unt
 from splitveil.errors import ConfigurationError
 from splitveil.split import Crossing
 
+NEARLY = 0.02
+"""Two embeddings are twins that are no further apart than this share of their length. Others differ by much more."""
 CORRECTING = 16
 """Candidates after which failures no longer correct the ranking: what is left is a scan."""
 
@@ -57,8 +59,8 @@ class Search:
     - ``gap``: the same of the runner-up, minus ``distance``. The runner-up is the nearest other token *among those
       tried*, at least the one that the ranking holds next likeliest; tokens never tried might be nearer;
     - ``certified``: 1 where the distance is within the tolerance and the runner-up's is not, else 0. Tokens with one
-      and the same embedding (rows that were never trained, such as a byte's that no text has) cross alike: nothing
-      tells them apart, and none of them is ever certified.
+      and the same embedding, or nearly (rows that were never trained, such as a byte's that no text has), cross alike:
+      little or nothing tells them apart, and none of them is ever certified.
 
     An evaluation is one candidate, batched or not. What ``fit`` spends is counted in ``fitted``, not there.
     """
@@ -77,7 +79,6 @@ class Search:
         """Sequences run through the device half outside the search itself: for ranking and calibration."""
         self._white_box: WhiteBox | None = None
         self._ranking: Ranking | None = None
-        self._alike = torch.zeros(0, dtype=torch.bool)
         self._calibrations: dict[torch.dtype, Calibration] = {}
         self._protected = True
 
@@ -86,7 +87,7 @@ class Search:
         white_box = knowledge.white_box
         before = white_box.evaluations
         more_time = until(effort.seconds)
-        self._white_box, self._alike = white_box, twins(white_box.embeddings())
+        self._white_box = white_box
         self._calibrations = {}
         self._protected = _matches_protected(Recorder(white_box, knowledge.vocabulary, True, effort.seed + 1))
         recorder = Recorder(white_box, knowledge.vocabulary, self._protected, effort.seed)
@@ -123,7 +124,7 @@ class Search:
             found = self._search(prefixes, hidden[:, position], rows, tolerance, lost)
             tokens[rows, position] = found.tokens[rows]
             # At tolerance 0 calibration has shown that distances prove nothing, not even one of 0.
-            alike = self._alike[found.tokens.clamp(min=0)]
+            alike = self._alike(found.tokens.clamp(min=0))
             sure = (found.distance <= tolerance) & (found.second > tolerance) & ~alike
             sure &= tolerance > 0
             gap = (found.second - found.distance).masked_fill(alike, 0.0)
@@ -198,6 +199,11 @@ class Search:
             state.entries, rows[better], trial.entries, better * share + nearest[better], state.target.shape[0]
         )
 
+    def _alike(self, tokens: Tensor) -> Tensor:
+        """Which of ``tokens`` (texts,) have a twin."""
+        different, where = torch.unique(tokens, return_inverse=True)
+        return twins(self._ready()[0].embeddings(), different)[where]
+
     def _tolerance(self, dtype: torch.dtype) -> float:
         """The tolerance for crossings of this dtype, calibrated when such crossings are first seen."""
         white_box, ranking = self._ready()
@@ -222,20 +228,18 @@ class Search:
         """Takes the place of ``fit``."""
         self._white_box = knowledge.white_box
         self._ranking = Ranking.restored(state, knowledge.white_box.embeddings().device)
-        self._alike = twins(knowledge.white_box.embeddings())
         self._protected = bool(state["protected"])
         self.fitted = int(state["fitted"])
         self._calibrations = {}
 
 
-def twins(embeddings: Tensor) -> Tensor:
-    """(vocabulary,) of bool: the tokens whose embedding another token has too, number for number."""
-    order = embeddings.double().sum(1).argsort()
-    found = torch.zeros(len(order), dtype=torch.bool, device=embeddings.device)
-    for part in torch.split(torch.stack([order[:-1], order[1:]], 1), 4096):
-        equal = (embeddings[part[:, 0]] == embeddings[part[:, 1]]).all(1)
-        found[part[equal].flatten()] = True
-    return found
+def twins(embeddings: Tensor, tokens: Tensor) -> Tensor:
+    """Which of ``tokens`` (n,) have an embedding that is nearly another token's: (n,) of bool."""
+    chosen = embeddings[tokens].float()
+    away = torch.cdist(chosen, embeddings.float())
+    away[torch.arange(len(tokens)), tokens] = torch.inf
+    nearly: Tensor = away.min(1).values < NEARLY * chosen.norm(dim=1)
+    return nearly
 
 
 def _matches_protected(recorder: Recorder) -> bool:
