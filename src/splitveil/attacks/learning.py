@@ -26,8 +26,8 @@ SPACING = 1.25
 EARLIEST = 200
 PATIENCE = 3
 GAIN = 0.05
-"""A plateau: after so many steps at least, over so many validations, which is half of all steps, the error has not
-fallen by this share of itself."""
+"""A plateau: after so many steps at least, over so many validations, which is half of all steps, neither has the error
+fallen by this share of itself nor has the score risen by it."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,11 @@ class Curve:
 
     def flat(self) -> bool:
         """Whether the last ``PATIENCE`` validations brought nothing."""
-        errors = [1 - point.score for point in self.points]
-        if len(errors) <= PATIENCE or self.points[-1].step < EARLIEST:
+        scores = [point.score for point in self.points]
+        if len(scores) <= PATIENCE or self.points[-1].step < EARLIEST:
             return False
-        return min(errors[-PATIENCE:]) > (1 - GAIN) * min(errors[:-PATIENCE])
+        before, lately = max(scores[:-PATIENCE]), max(scores[-PATIENCE:])
+        return 1 - lately > (1 - GAIN) * (1 - before) and lately < (1 + GAIN) * before
 
     def tensor(self) -> Tensor:
         """(validations, 3): seconds, step, score."""

@@ -26,7 +26,7 @@ class Pooled:
     """
 
     name = "pooled"
-    version = 1
+    version = 2
     needs = frozenset({Access.QUERIES, Access.SHADOW, Access.EMBEDDINGS})
     source = "GEIA (Li et al. 2023), vec2text (Morris et al. 2023) without its correction rounds"
     summary = "squeezes the crossing into one sentence vector and lets a decoder write from it"
@@ -35,7 +35,8 @@ class Pooled:
 
     def fit(self, knowledge: Knowledge, effort: Effort, progress: Progress) -> None:
         torch.manual_seed(effort.seed)
-        samples = Samples(knowledge, effort.seed)
+        # Real text only: no vector can hold random words, and a decoder that is shown them learns to guess.
+        samples = Samples(knowledge, effort.seed, untouched=1.0)
         net = self._net = Decoder(knowledge.width, reduced(knowledge.embeddings))
         rows = batch_rows(samples.length, knowledge.vocabulary)
         net.scale.measure(net.pool(samples.batch(rows)[1]))

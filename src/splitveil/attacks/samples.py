@@ -21,12 +21,14 @@ class Samples:
     vocabulary, whatever domain the shadow text is from.
     """
 
-    def __init__(self, knowledge: Knowledge, seed: int) -> None:
+    def __init__(self, knowledge: Knowledge, seed: int, *, untouched: float = UNTOUCHED) -> None:
+        """``untouched`` is the share of the windows that are asked for as they are."""
         self._draw = torch.Generator().manual_seed(seed)
         self._oracle = knowledge.oracle
         self._windows = knowledge.shadow.train
         self._validation = knowledge.shadow.validation[:VALIDATION]
         self._vocabulary = knowledge.vocabulary
+        self._untouched = untouched
 
     @property
     def length(self) -> int:
@@ -51,7 +53,7 @@ class Samples:
 
     def _replaced(self, tokens: Tensor) -> Tensor:
         share = torch.rand(len(tokens), 1, generator=self._draw) * HEAVIEST
-        touched = torch.rand(len(tokens), 1, generator=self._draw) >= UNTOUCHED
+        touched = torch.rand(len(tokens), 1, generator=self._draw) >= self._untouched
         where = (torch.rand(tokens.shape, generator=self._draw) < share) & touched
         return torch.where(where, torch.randint(self._vocabulary, tokens.shape, generator=self._draw), tokens)
 
