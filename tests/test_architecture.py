@@ -23,6 +23,7 @@ ALLOWED = {
     "auditing": {"errors", "split", "attacks", "information", "defences", "report"},
     "metering": {"errors"},
     "serving": {"errors", "lattice", "private", "wire", "adapters", "metering"},
+    "extraction": {"errors", "lattice", "private", "adapters", "serving", "report"},
     "demo": {"errors", "private", "wire", "adapters", "serving", "embedded", "auditing"},
     "bench": {
         "errors",
@@ -36,7 +37,18 @@ ALLOWED = {
         "attacks",
         "auditing",
     },
-    "cli": {"errors", "adapters", "embedded", "serving", "metering", "demo", "bench", "auditing", "splitveil"},
+    "cli": {
+        "errors",
+        "adapters",
+        "embedded",
+        "serving",
+        "metering",
+        "demo",
+        "bench",
+        "auditing",
+        "extraction",
+        "splitveil",
+    },
     "__init__": {"errors", "private", "serving", "auditing"},
     "__main__": {"cli"},
 }
@@ -44,7 +56,18 @@ GENERATED = {"adapter_pb2.py"}
 FILES = sorted(p for p in SOURCE.rglob("*.py") if p.name not in GENERATED)
 # Heavy or one-sided libraries, and the only packages that may import them.
 HOMES = {
-    "torch": {"serving", "demo", "cli", "bench", "split", "attacks", "information", "defences", "auditing"},
+    "torch": {
+        "serving",
+        "demo",
+        "cli",
+        "bench",
+        "split",
+        "attacks",
+        "information",
+        "defences",
+        "auditing",
+        "extraction",
+    },
     "transformers": {"demo", "cli", "bench", "split", "attacks"},
     "peft": {"demo", "bench"},
     "grpc": {"serving"},

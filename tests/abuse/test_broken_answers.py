@@ -20,7 +20,7 @@ from abuse.support import (
     session,
     welcome_of,
 )
-from splitveil.errors import ConnectionFailedError, ProtocolError, RefusedError, SplitveilError
+from splitveil.errors import BudgetExceededError, ConnectionFailedError, ProtocolError, SplitveilError
 from splitveil.private.layer import public_half
 from splitveil.serving import stream
 from splitveil.serving.publishing import ServedAdapter
@@ -149,7 +149,7 @@ def test_a_refusal_leaves_the_session_open(layers: ServedAdapter) -> None:
     with lying_server(replying(layers, reply)) as address:
         opened = session(address)
         for _ in range(3):
-            with clear_error(RefusedError, match=r"the server refused a query: \?\[2J"):
+            with clear_error(BudgetExceededError, match=r"the server refused a query: \?\[2J"):
                 ask(opened)
             ask(opened)
         opened.close()

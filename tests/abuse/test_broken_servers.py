@@ -22,6 +22,7 @@ from abuse.support import (
 from splitveil.errors import (
     ConnectionFailedError,
     InsecureParametersError,
+    KeyRejectedError,
     ParameterError,
     ProtocolError,
     PublicationError,
@@ -132,7 +133,7 @@ STATUS = {
     grpc.StatusCode.FAILED_PRECONDITION: VersionError,
     grpc.StatusCode.INVALID_ARGUMENT: ProtocolError,
     grpc.StatusCode.RESOURCE_EXHAUSTED: RefusedError,
-    grpc.StatusCode.UNAUTHENTICATED: RefusedError,
+    grpc.StatusCode.UNAUTHENTICATED: KeyRejectedError,
     grpc.StatusCode.PERMISSION_DENIED: RefusedError,
 }
 

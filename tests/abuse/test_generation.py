@@ -4,7 +4,7 @@ import _thread
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -211,7 +211,7 @@ def test_a_refusal_in_the_middle(adapter: ServedAdapter) -> None:
     class UpTo:
         left = 20
 
-        def reserve(self, identity: str, adapter: str, module: str, rows: int) -> None:
+        def reserve_all(self, identity: str, adapter: str, modules: Sequence[str], rows: int) -> None:
             self.left -= rows
             if self.left < 0:
                 raise RefusedError("the budget is used up")

@@ -32,7 +32,7 @@ class Effort:
     seed: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Recovery:
     """What an attack believes the prompts were."""
 

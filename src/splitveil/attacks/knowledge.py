@@ -26,7 +26,7 @@ class Access(StrEnum):
     TRUTH = "the prompts themselves"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Shadow:
     """Text that the attacker has and that is not the victims', as windows of equal length."""
 

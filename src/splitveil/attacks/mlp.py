@@ -1,6 +1,7 @@
 """``mlp``: a network that reads each state on its own."""
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +31,7 @@ class Mlp:
         torch.manual_seed(effort.seed)
         samples = Samples(knowledge, effort.seed)
         self._net = _network(knowledge)
-        scale = self._net[0]
-        assert isinstance(scale, Scale)  # noqa: S101  for the type checker
+        scale = cast(Scale, self._net[0])
         rows = batch_rows(samples.length, knowledge.vocabulary)
         scale.measure(samples.batch(rows)[1].hidden)
         validation, crossing = samples.validation()

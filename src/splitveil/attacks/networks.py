@@ -9,7 +9,7 @@ from torch.nn import functional
 HEADS = 4
 
 
-@dataclass
+@dataclass(repr=False)
 class Past:
     """Keys and values of earlier positions, for one block: (batch, heads, positions, width of a head) each."""
 
@@ -62,7 +62,7 @@ def rotated(x: Tensor, first: int) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
-@dataclass
+@dataclass(repr=False)
 class Pasts:
     """One ``Past`` a block, for generation token by token."""
 

@@ -21,7 +21,7 @@ CORRECTING = 16
 """Candidates after which failures no longer correct the ranking: what is left is a scan."""
 
 
-@dataclass
+@dataclass(repr=False)
 class _Position:
     """What is known about one position of all texts while candidates are tried. All tensors have a row a text."""
 

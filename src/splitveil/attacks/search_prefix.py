@@ -17,7 +17,7 @@ Entries = list[tuple[Tensor, Tensor] | None]
 """By block: keys and values (rows, heads, 1, width) of one position; None for a block that caches nothing."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Trial:
     """What came of candidates that were tried."""
 

@@ -24,7 +24,7 @@ class TokenSpan:
     kind: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Victims:
     """The prompts that are attacked, padded on the right."""
 

@@ -24,6 +24,7 @@ COMMANDS = {
         "How much of a prompt leaks where a model is split?",
     ),
     "keys": ("splitveil.cli.keys", "keys", "Make, list and revoke the API keys of clients (the vendor's side)."),
+    "extract": ("splitveil.cli.extract", "extract", "How much of an adapter can a client rebuild?"),
     "inspect": ("splitveil.cli.inspect", "inspect", "Can this adapter be served? What would it cost?"),
     "bench": ("splitveil.cli.bench", "bench", "Measure speed and size on this machine, both sides in one run."),
 }

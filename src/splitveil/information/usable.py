@@ -27,7 +27,7 @@ _TEMPERATURES = (0.0, 0.03, 0.06, 0.1, 0.2, 0.35, 0.6, 1.0, 1.7)
 _MIXTURES = (0.001, 0.01, 0.05, 0.2)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Usable:
     """V-information of x about a discrete y: held-out entropy of the marginal − held-out cross-entropy of the reader.
 
@@ -60,7 +60,7 @@ class Usable:
         return Estimate(self.name, Claim.AT_LEAST, gains.mean().item(), low, high, floor.mean().item(), pairs, entropy)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class _Marginal:
     """The distribution of ids without x: observed shares, and Good and Turing's share for all that were not seen."""
 
@@ -84,7 +84,7 @@ class _Marginal:
         return torch.where(missing, self.unseen / missing.sum().clamp(min=1), share).log()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class _Reader:
     """A discriminant along axes on which the variance within tokens is 1 and that between them is ``between``."""
 

@@ -6,7 +6,7 @@ angles, sliding windows, cache positions) is the model's own code, whatever the 
 
 import copy
 import threading
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -54,14 +54,13 @@ def returns_tuple(model: PreTrainedModel, blocks: nn.ModuleList) -> bool:
 
 def with_blocks(model: PreTrainedModel, name: str, blocks: list[nn.Module]) -> PreTrainedModel:
     """``model`` with other blocks; everything else is shared with it, and it stays as it was."""
-    twin: nn.Module = _shallow(model)
-    holder = twin
+    twin = cast(PreTrainedModel, _shallow(model))
+    holder: nn.Module = twin
     *path, last = name.split(".")
     for part in path:
         holder._modules[part] = _shallow(holder.get_submodule(part))
         holder = holder.get_submodule(part)
     holder._modules[last] = nn.ModuleList(blocks)
-    assert isinstance(twin, PreTrainedModel)  # noqa: S101  for the type checker
     return twin
 
 

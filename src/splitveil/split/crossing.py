@@ -7,7 +7,7 @@ from torch import Tensor
 from splitveil.errors import ConfigurationError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Crossing:
     """Hidden states on their way from the device half to the cloud half.
 

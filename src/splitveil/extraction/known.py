@@ -1,0 +1,69 @@
+"""Queries along known directions. Where they are those of A, r rows are enough.
+
+PEFT draws A at random and starts B at 0. Whoever knows A (it was frozen, it belongs to a family of adapters that share
+it, or the seed of the training run was guessed) knows where all rows of the core C = M·A lie; r answers give M. A guess
+is checked by what it predicts of one more answer.
+
+The same queries along the directions in which real activations vary most (``directions``) are the best that is known
+for fewer rows than columns, judged by what the clone does to real text.
+"""
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from splitveil.extraction.chosen import Estimate
+from splitveil.extraction.client import Client, residues
+from splitveil.private.bound import HALF
+from splitveil.private.leakage import MARGIN
+
+F64 = NDArray[np.float64]
+
+
+def row_space(guess: NDArray[np.float32]) -> F64:
+    """An orthonormal basis (r, d) of the rows of a guessed A (r, d)."""
+    _, sizes, rows = np.linalg.svd(guess.astype(np.float64), full_matrices=False)
+    found: F64 = rows[sizes > 1e-6 * sizes[0]]
+    return found
+
+
+def directions(inputs: NDArray[np.float32], count: int) -> F64:
+    """``count`` orthonormal directions (k, d), or fewer, that hold most of activations (T, d); the best first."""
+    x = inputs.astype(np.float64)
+    sizes, vectors = np.linalg.eigh(x.T @ x)
+    order = np.argsort(sizes)[::-1][:count]
+    found: F64 = vectors[:, order].T
+    return found
+
+
+def known_rows(client: Client, layer: int, rows: int, basis: F64) -> Estimate:
+    """The core from ``rows`` rows of queries along ``basis`` (r, d), in turn; with more than r, noise averages out.
+
+    No query wraps, whatever the core: |⟨C_j, x̂⟩| ≤ ρ‖x̂‖₂.
+    """
+    published = client.layer(layer)
+    asked = basis[np.arange(rows) % len(basis)]
+    size = (HALF - MARGIN * client.sigma(layer)) / (published.norm_bound + 1)
+    if size < 1:
+        raise ValueError("the answer noise is as wide as the modulus; a single query along a direction tells nothing")
+    queries = np.rint(asked * size).astype(np.int64)
+    answers = client.ask(layer, residues(queries)).astype(np.float64)
+    # answers = (x̂·basisᵀ)·Mᵀ + g, with all of x̂ known.
+    mixed, *_ = np.linalg.lstsq(queries.astype(np.float64) @ basis.T, answers, rcond=None)
+    return Estimate(mixed.T @ basis, np.full(published.width, rows >= len(basis)), client.rows[layer])
+
+
+def surprise(client: Client, layer: int, estimate: Estimate, rows: int = 8) -> float:
+    """How far an estimate is off in predicting ``rows`` fresh answers: ‖predicted − answered‖/‖answered‖.
+
+    About the noise's share for a right guess at the initialisation, and about 1 for a wrong one.
+    """
+    published = client.layer(layer)
+    size = (HALF - MARGIN * client.sigma(layer)) / (published.norm_bound + 1) / math.sqrt(published.width)
+    # Columns of a Hadamard-like pattern; which ones does not matter, since the core has no reason to avoid them.
+    signs = np.sign(np.sin(np.arange(1, rows + 1)[:, None] * (np.arange(published.width) + 0.5)))
+    queries = np.rint(signs * size).astype(np.int64)
+    answers = client.ask(layer, residues(queries)).astype(np.float64)
+    predicted = queries @ estimate.values.T
+    return float(np.linalg.norm(predicted - answers) / np.linalg.norm(answers))

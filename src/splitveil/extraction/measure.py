@@ -1,0 +1,180 @@
+"""One attack at one number of rows and one noise, and what came of it: the error of ΔW, and its worth."""
+
+import math
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from splitveil.errors import ConfigurationError
+from splitveil.extraction.chosen import chosen, confirm
+from splitveil.extraction.hint import attack_layer
+from splitveil.extraction.honest import converse, regress
+from splitveil.extraction.known import directions, known_rows, row_space
+from splitveil.extraction.span import outside, span
+from splitveil.extraction.target import Target, errors
+from splitveil.extraction.through import served
+from splitveil.extraction.worth import Perplexity, Text, activations, attached, perplexity
+from splitveil.private.leakage import peak_ratio
+
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+Figure = tuple[float, float, float]
+"""A value with its interval; NaN where there is none."""
+Measured = dict[str, Figure]
+"""Metric to figure. ``error`` is ‖ΔŴ − ΔW‖/‖ΔW‖ of all modules together, ``error:MODULE`` that of one;
+``error on text`` is the same on activations of held-out text; ``exact`` the share of layers whose integer core the
+attacker recovered and confirmed; ``perplexity`` is of held-out text."""
+_JUDGED_ROWS = 1024
+DIRECTED_TOKENS = 4096
+
+
+class Judge:
+    """Knows the truth and the held-out text. Windows are the attacker's and the judge's in turn."""
+
+    def __init__(self, model: Any, target: Target, text: Text | None) -> None:
+        self.model = model
+        self.target = target
+        self.text = text
+
+    @cached_property
+    def _halves(self) -> tuple[Text, Text]:
+        if self.text is None:
+            raise ConfigurationError("this attack reads real text; give --data")
+        return self.text.halves()
+
+    @cached_property
+    def _names(self) -> list[str]:
+        """One module of every layer: those of one layer read the same tensor."""
+        return [layer.outputs[0][0] for layer in self.target.publication.layers]
+
+    def seen(self, rows: int) -> dict[int, F32]:
+        """What a client's own text makes the layers' inputs, with the adapter at work: layer → (rows, d).
+
+        Raises ``ConfigurationError`` where the text has fewer tokens.
+        """
+        mine, _ = self._halves
+        if mine.tokens < rows:
+            raise ConfigurationError(f"the attacker's half of the text has {mine.tokens} tokens, {rows} are needed")
+        with attached(self.model, self.target.truth):
+            found = activations(self.model, mine, self._names, rows)
+        return {index: found[name] for index, name in enumerate(self._names)}
+
+    def foreseen(self, rows: int) -> dict[int, F32]:
+        """What the layers' inputs are without the adapter, which takes no server: layer → (rows or fewer, d)."""
+        mine, _ = self._halves
+        found = activations(self.model, mine, self._names, rows)
+        return {index: found[name] for index, name in enumerate(self._names)}
+
+    @cached_property
+    def _held_out(self) -> dict[str, F32]:
+        _, theirs = self._halves
+        with attached(self.model, self.target.truth):
+            return activations(self.model, theirs, self._names, _JUDGED_ROWS)
+
+    def base(self) -> Measured:
+        """Perplexity without an adapter."""
+        return {"perplexity": _figure(perplexity(self.model, self._halves[1]))}
+
+    def adapter(self) -> Measured:
+        """Perplexity with the true adapter, through the protocol under the noise in force."""
+        with served(self.model, self.target):
+            return {"perplexity": _figure(perplexity(self.model, self._halves[1]))}
+
+    def judged(self, cores: Mapping[int, F64]) -> Measured:
+        """How close the clone of these cores is, and what it is worth."""
+        clone = self.target.clone(cores)
+        found = {
+            f"error:{name}" if name else "error": (value, math.nan, math.nan)
+            for name, value in errors(clone, self.target.truth).items()
+        }
+        if self.text is not None:
+            wrong, right = 0.0, 0.0
+            for index, name in enumerate(self._names):
+                x = self._held_out[name].astype(np.float64)
+                true, step = self.target.core(index), self.target.publication.layers[index].step
+                right += float(np.linalg.norm(x @ true.T) ** 2) * step**2
+                wrong += float(np.linalg.norm(x @ (cores[index] - true).T) ** 2) * step**2
+            found["error on text"] = (math.sqrt(wrong / right) if right else math.nan, math.nan, math.nan)
+            with attached(self.model, clone):
+                found["perplexity"] = _figure(perplexity(self.model, self._halves[1]))
+        return found
+
+
+def chosen_queries(judge: Judge, rows: int) -> Measured:
+    """(a) The attacker is taken to have guessed the peak of each core, a single number, right to a quarter.
+
+    What it confirms is confirmed with 16 rows beyond ``rows``.
+    """
+    target = judge.target
+    client = target.client()
+    cores, exact = {}, []
+    for index in range(len(target.publication.layers)):
+        found = chosen(client, index, rows, peak_ratio=peak_ratio([target.core(index)]))
+        complete = bool(found.seen.all()) and confirm(client, index, found.integers)
+        cores[index] = found.integers.astype(np.float64) if complete else found.values
+        exact.append(complete)
+    return {**judge.judged(cores), "exact": (sum(exact) / len(exact), math.nan, math.nan)}
+
+
+def honest_text(judge: Judge, rows: int) -> Measured:
+    """(b) The client's own code, on real text."""
+    target, cores = judge.target, {}
+    for index, inputs in judge.seen(rows).items():
+        (transcript,) = converse(target.publication, target.served.half.answer, [index], inputs)
+        cores[index] = regress(transcript, target.publication.layers[index].step)
+    return judge.judged(cores)
+
+
+def directed_queries(judge: Judge, rows: int) -> Measured:
+    """(a') Chosen queries along the directions in which the base model's activations vary most, the largest first.
+
+    The base model is public, so an attacker knows these directions beforehand. For fewer rows than columns this is what
+    counts: most of what an adapter does to real text happens along few of them. Raises ``ConfigurationError`` without
+    text.
+    """
+    target = judge.target
+    client, cores = target.client(), {}
+    for index, inputs in judge.foreseen(DIRECTED_TOKENS).items():
+        published = target.publication.layers[index]
+        basis = directions(inputs, min(rows, published.width))
+        cores[index] = known_rows(client, index, rows, basis).values
+    return judge.judged(cores)
+
+
+def known_initialisation(judge: Judge, rows: int) -> Measured:
+    """(c) With A's row space known exactly, as where A was frozen at its initialisation."""
+    target = judge.target
+    client = target.client()
+    cores = {
+        index: known_rows(client, index, rows, row_space(module.A)).values for index, module in target.first.items()
+    }
+    return judge.judged(cores)
+
+
+def span_of_b(judge: Judge, rows: int) -> Measured:
+    """(e) From ΔW·x of the first rows of real text, which any engine delivers: the share of span(B) still unknown."""
+    target, missing = judge.target, []
+    for index, inputs in judge.seen(rows).items():
+        (transcript,) = converse(target.publication, target.served.half.answer, [index], inputs)
+        q = target.publication.layers[index].Q
+        outputs = transcript.outputs if q is None else transcript.outputs @ q.T.astype(np.float64)
+        basis = span(outputs, target.publication.layers[index].rank)
+        stacked = np.vstack([delta.left for delta in target.parts(index)]).astype(np.float32)
+        missing.append(outside(basis, stacked))
+    return {"span unknown": (float(np.mean(missing)), float(np.min(missing)), float(np.max(missing)))}
+
+
+def published_half(judge: Judge, rows: int) -> Measured:
+    """(d) Lattice reduction on the hints of the narrowest layer. Raises ``ConfigurationError`` if that is too large."""
+    target = judge.target
+    layers = target.publication.layers
+    narrowest = min(range(len(layers)), key=lambda index: layers[index].width)
+    found = attack_layer(target.publication, narrowest)
+    return {"error": (0.0 if found is not None else 1.0, math.nan, math.nan)}
+
+
+def _figure(found: Perplexity) -> Figure:
+    return (found.value, found.low, found.high)

@@ -1,0 +1,261 @@
+"""Attacks on a whole adapter, and what their clones are worth: each works where it should, and fails elsewhere."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from extraction_support import SEED, Small, initial, small
+from torch import nn
+
+from splitveil.errors import BaseModelError, ConfigurationError, DataError
+from splitveil.extraction.calibrate import calibrate, rows_needed
+from splitveil.extraction.honest import converse, regress, relative_error
+from splitveil.extraction.known import known_rows, row_space, surprise
+from splitveil.extraction.measure import (
+    Judge,
+    chosen_queries,
+    directed_queries,
+    honest_text,
+    known_initialisation,
+    published_half,
+    span_of_b,
+)
+from splitveil.extraction.span import outside, span
+from splitveil.extraction.target import Delta, Target, errors, publish_target
+from splitveil.extraction.through import served
+from splitveil.extraction.worth import Text, attached, hooked, perplexity
+from splitveil.private.core import LayerSpec
+from splitveil.private.layer import public_half
+from splitveil.private.layer import publish as publish_layers
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Small:
+    torch.set_num_threads(1)
+    return small(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="module")
+def quiet(case: Small) -> Judge:
+    return Judge(case.model, publish_target(case.adapter, 0.0), case.text)
+
+
+@pytest.fixture(scope="module")
+def noisy(case: Small) -> Judge:
+    return Judge(case.model, publish_target(case.adapter, 0.1), case.text)
+
+
+# -- the judge ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_truth_is_worth_what_peft_is(case: Small, quiet: Judge) -> None:
+    base = perplexity(case.model, case.text)
+    with attached(case.model, quiet.target.truth):
+        ours = perplexity(case.model, case.text)
+    assert ours.value == pytest.approx(perplexity(case.peft, case.text).value, rel=1e-5)
+    assert ours.value < 0.8 * base.value, "an adapter that gains nothing has nothing to steal"
+    assert ours.low < ours.value < ours.high
+    assert perplexity(case.model, case.text).value == base.value, "the model must be as it was"
+
+
+def test_through_the_protocol_it_is_worth_the_same(case: Small, quiet: Judge) -> None:
+    with served(case.model, quiet.target):
+        private = perplexity(case.model, case.text)
+    assert private.value == pytest.approx(perplexity(case.peft, case.text).value, rel=1e-3)
+
+
+def test_errors_of_the_truth_of_nothing_and_of_half(quiet: Judge) -> None:
+    truth = quiet.target.truth
+    assert max(errors(truth, truth).values()) < 1e-7
+    assert set(errors({}, truth).values()) == {1.0}
+    half = {name: Delta(delta.left / 2, delta.right) for name, delta in truth.items()}
+    assert errors(half, truth)[""] == pytest.approx(0.5)
+    one = Delta(np.array([[1.0], [2.0]]), np.array([[3.0, 0.0, 1.0]]))
+    other = Delta(np.array([[0.5], [1.0]]), np.array([[2.0, 1.0, 0.0]]))
+    direct = np.linalg.norm(one.left @ one.right - other.left @ other.right) ** 2
+    assert one.square_distance(other) == pytest.approx(direct)
+    assert math.isnan(errors({}, {"m": Delta(np.zeros((2, 1)), np.ones((1, 3)))})["m"])
+
+
+def test_a_model_without_the_modules_is_refused(quiet: Judge) -> None:
+    with pytest.raises(BaseModelError, match="no module"), hooked(nn.Linear(2, 2), {"absent": lambda m, a, o: o}):
+        pass
+
+
+def test_text_that_does_not_fill_two_windows_is_refused() -> None:
+    class Tokenizer:
+        eos_token_id = None
+
+        def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
+            return {"input_ids": [ord(c) % 100 for c in text]}
+
+    with pytest.raises(DataError, match="give more"):
+        Text.of(Tokenizer(), ["short"], tokens=100, length=10)
+    text = Text.of(Tokenizer(), ["a longer text than that"], tokens=100, length=10)
+    assert text.windows.shape == (2, 10)
+    mine, theirs = text.halves()
+    assert len(mine.windows) == len(theirs.windows) == 1
+
+
+# -- (a) chosen, (a') directed -----------------------------------------------------------------------------------------
+
+
+def test_chosen_queries_clone_the_adapter_from_d_rows(case: Small, quiet: Judge) -> None:
+    found = chosen_queries(quiet, 96)
+    assert found["error"][0] < 1e-3
+    assert found["exact"][0] == 1.0
+    assert found["perplexity"][0] == pytest.approx(quiet.adapter()["perplexity"][0], rel=1e-3)
+    assert {name.partition(":")[2] for name in found if name.startswith("error:")} == set(quiet.target.truth)
+
+
+def test_chosen_queries_fewer_than_columns_do_not(noisy: Judge) -> None:
+    found = chosen_queries(noisy, 32)
+    assert found["error"][0] > 0.5
+    assert found["exact"][0] == 0.0
+    base, best = noisy.base()["perplexity"][0], noisy.adapter()["perplexity"][0]
+    assert found["perplexity"][0] > best + 0.15 * (base - best)
+
+
+def test_the_ladder_clones_it_through_noise(noisy: Judge) -> None:
+    few, many = chosen_queries(noisy, 96), chosen_queries(noisy, 4 * 96)
+    assert few["exact"][0] == 0.0
+    assert many["exact"][0] == 1.0
+    assert many["error"][0] < 1e-3 < few["error"][0] < 0.1
+
+
+def test_directed_queries_beat_columns_where_rows_are_few(noisy: Judge) -> None:
+    directed, columns = directed_queries(noisy, 24), chosen_queries(noisy, 24)
+    assert directed["error on text"][0] < columns["error on text"][0] - 0.05
+    assert directed["error on text"][0] > 0.1, "24 rows are not enough for a clone"
+
+
+# -- (b) honest --------------------------------------------------------------------------------------------------------
+
+
+def test_honest_text_clones_the_function_after_a_few_times_d_rows(quiet: Judge) -> None:
+    few, many = honest_text(quiet, 16), honest_text(quiet, 400)
+    assert few["error on text"][0] > 0.4
+    assert many["error on text"][0] < 0.03
+    assert many["perplexity"][0] == pytest.approx(quiet.adapter()["perplexity"][0], rel=0.01)
+
+
+def test_a_transcript_has_the_noise_that_it_says(noisy: Judge) -> None:
+    inputs = noisy.seen(300)[0]
+    inputs[7] = 0
+    target = noisy.target
+    (transcript,) = converse(target.publication, target.served.half.answer, [0], inputs)
+    true = inputs.astype(np.float64) @ target.core(0).T * target.publication.layers[0].step
+    kept = transcript.deviations > 0
+    assert kept.sum() == len(inputs) - 1
+    scaled = (transcript.outputs - true)[kept] / transcript.deviations[kept, None]
+    assert scaled.std() == pytest.approx(1.0, rel=0.1)
+    assert abs(scaled.mean()) < 0.1
+
+
+def test_more_text_than_there_is_is_refused(quiet: Judge) -> None:
+    with pytest.raises(ConfigurationError, match="tokens"):
+        quiet.seen(10**6)
+    with pytest.raises(ConfigurationError, match="--data"):
+        Judge(quiet.model, quiet.target, None).seen(1)
+
+
+def test_regression_with_no_equation_is_no_knowledge(quiet: Judge) -> None:
+    target = quiet.target
+    zeros = np.zeros((5, target.publication.layers[0].width), dtype=np.float32)
+    (transcript,) = converse(target.publication, target.served.half.answer, [0], zeros)
+    found = regress(transcript, target.publication.layers[0].step)
+    assert relative_error(found, target.core(0)) == 1.0
+
+
+# -- (c) known initialisation ------------------------------------------------------------------------------------------
+
+
+def test_a_known_initialisation_clones_the_adapter_from_r_rows_and_not_from_fewer(quiet: Judge, noisy: Judge) -> None:
+    assert known_initialisation(quiet, 4)["error"][0] < 1e-3
+    assert known_initialisation(noisy, 4)["error"][0] < 0.15
+    assert known_initialisation(quiet, 3)["error"][0] > 0.2
+
+
+def test_a_guessed_seed_is_told_from_a_wrong_one(noisy: Judge) -> None:
+    """In this adapter A is as PEFT drew it: B alone was changed."""
+    target = noisy.target
+    name = target.first[0].name
+    surprises = {}
+    for seed in (SEED - 1, SEED, SEED + 1):
+        client = target.client()
+        found = known_rows(client, 0, 4, row_space(initial(seed)[name].numpy()))
+        surprises[seed] = surprise(client, 0, found)
+        assert client.rows[0] == 12
+    assert surprises[SEED] < 0.5
+    assert min(value for seed, value in surprises.items() if seed != SEED) > 0.9
+
+
+# -- (e) span(B) -------------------------------------------------------------------------------------------------------
+
+
+def test_r_answers_show_the_span_of_b_and_fewer_do_not(quiet: Judge) -> None:
+    assert span_of_b(quiet, 4)["span unknown"][2] < 1e-2
+    assert span_of_b(quiet, 3)["span unknown"][1] > 0.4
+
+
+def test_the_span_shows_in_the_answers_of_any_engine() -> None:
+    rng = np.random.default_rng(3)
+    a, b = rng.standard_normal((4, 40)).astype(np.float32), rng.standard_normal((50, 4)).astype(np.float32)
+    for engine in ("plain", "lattice"):
+        half, publication = publish_layers(
+            [LayerSpec(a, b, 1.0, (("m", 50),))], engine=engine, allow_insecure=engine == "plain"
+        )
+        site = public_half(publication).site([0])
+        x = rng.standard_normal((4, 40)).astype(np.float32)
+        query, pending = site.query(x, site.make_masks(4))
+        (core,) = site.recover(pending, half.answer([0], 4, query))
+        q = publication.layers[0].Q
+        assert q is not None
+        assert outside(span((core @ q.T).astype(np.float64), 4), b) < 1e-3
+    assert outside(span(np.zeros((3, 50)), 4), b) == pytest.approx(1.0)
+    assert math.isnan(outside(np.zeros((50, 0)), np.zeros((50, 2), dtype=np.float32)))
+
+
+# -- (d) the published half --------------------------------------------------------------------------------------------
+
+
+def test_the_published_half_of_a_real_adapter_is_out_of_reach(quiet: Judge) -> None:
+    with pytest.raises(ConfigurationError, match="149 bits"):
+        published_half(quiet, 0)
+
+
+# -- the dial ----------------------------------------------------------------------------------------------------------
+
+
+def test_calibration_proposes_what_the_gain_bears_and_says_how_little_it_buys(case: Small) -> None:
+    found = calibrate(case.model, case.adapter, case.text, fraction=0.05, grid=(0.0, 0.02, 0.3, 4.0))
+    assert found.dials[0].lost == 0.0
+    assert found.proposal.lost <= 0.05
+    beyond = [dial for dial in found.dials if dial.noise > found.proposal.noise]
+    assert beyond, "the grid must reach noise that costs more"
+    assert beyond[0].lost > 0.05
+    assert beyond[0].noise / found.proposal.noise < 1.5
+    sentence = found.sentence()
+    assert "of the adapter's gain" in sentence
+    assert f"{found.proposal.rows[1]:,} for 1 %" in sentence
+
+
+def test_calibration_where_there_is_no_gain_or_no_sense(case: Small) -> None:
+    torch.manual_seed(1)
+    start = torch.arange(2, 18)[:, None]
+    own = case.model.generate(
+        input_ids=start, attention_mask=torch.ones_like(start), do_sample=True, top_k=0, max_new_tokens=32
+    )
+    elsewhere = Text(own)  # the base model's own text, on which any adapter loses
+    with pytest.raises(ConfigurationError, match="gains nothing"):
+        calibrate(case.model, case.adapter, elsewhere, grid=(0.0,))
+    with pytest.raises(ConfigurationError, match="between 0 and 1"):
+        calibrate(case.model, case.adapter, case.text, fraction=0.0)
+
+
+def test_rows_needed_are_those_of_the_layer_that_falls_first(quiet: Judge) -> None:
+    target: Target = quiet.target
+    ten, one, exact = rows_needed(target)
+    assert exact == 64, "d = 64 falls before d = 96"
+    assert ten <= one <= exact

@@ -1,0 +1,102 @@
+"""Lattice reduction on the published half: it breaks what it should, and not the real thing."""
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from splitveil.errors import ConfigurationError
+from splitveil.extraction.hardness import SETS, lines, problems, verdict
+from splitveil.extraction.hint import Reduced, System, attack_layer, columns, system
+from splitveil.lattice import sampling
+from splitveil.lattice.parameters import DEFAULT, INSECURE_TEST, REQUIRED_BITS
+from splitveil.lattice.randomness import public_element
+from splitveil.lattice.ring import FixedElement, reflect
+from splitveil.private.core import LayerSpec, core_rms
+from splitveil.private.lattice_served import LatticeServed, hints, publish
+from splitveil.private.published import Publication
+
+NARROW, EQUATIONS = 64, 72
+
+
+def published(width: int, insecure: bool) -> tuple[LatticeServed, Publication]:
+    weights = np.random.default_rng(width).standard_normal((2, width)).astype(np.float32)
+    parameters = INSECURE_TEST if insecure else DEFAULT
+    return publish([LayerSpec(weights, None, 1.0, (("m", 2),))], noise=0.0, parameters=parameters)
+
+
+def test_an_insecure_set_gives_its_core_away() -> None:
+    width = 16
+    served, publication = published(width, insecure=True)
+    found = attack_layer(publication, 0)
+    assert found is not None
+    assert found.tolist() == served._secret[0].matrix[:, :width].tolist()
+
+
+class Broken:
+    """The broken pad: it has a ring element and a client's secret of its own, so C is hidden by f alone."""
+
+    def __init__(self) -> None:
+        served, publication = published(NARROW, insecure=False)
+        self.core = served._secret[0].matrix[:, :NARROW]
+        element = public_element(publication.id, publication.seed, NARROW, 0, DEFAULT.ring_degree)
+        pads = public_element(publication.id, publication.seed, NARROW, 1, DEFAULT.ring_degree)
+        error = sampling.discrete_gaussian(2 * DEFAULT.ring_degree, DEFAULT.hint_sigma).reshape(2, -1)
+        elements = [FixedElement.of(reflect(one)) for one in (element, pads)]
+        none = np.zeros((2, DEFAULT.pad_width), dtype=np.int32)
+        self.hints = hints(self.core, none, (error & 0xFFFFFFFF).astype(np.uint32), elements, DEFAULT)
+        self.real: NDArray[np.uint32] | None = publication.layers[0].hint
+        matrix = columns(element, NARROW)
+        self.equations = System(matrix, np.full(NARROW, core_rms(NARROW)), DEFAULT.hint_sigma)
+
+
+def test_the_broken_pad_falls_and_the_real_one_does_not() -> None:
+    broken = Broken()
+    reduced = Reduced(broken.equations.taken(EQUATIONS))
+    for row, hint in zip(broken.core, broken.hints, strict=True):
+        found = reduced.solve(hint)
+        assert found is not None, "the attack must work here, or its failure on the real pad says nothing"
+        assert found.tolist() == row.tolist()
+        assert broken.equations.fits(found, hint)
+    assert broken.real is not None
+    assert reduced.solve(broken.real[0]) is None
+    for row, hint in zip(broken.core, broken.real, strict=True):
+        # Whoever knew the row could not even tell: the pad covers every coefficient.
+        assert not broken.equations.fits(row.astype(np.int64), hint)
+
+
+def test_the_real_lattice_is_out_of_reach_and_the_estimate_says_how_far() -> None:
+    _, publication = published(NARROW, insecure=False)
+    with pytest.raises(ConfigurationError, match=r"dimension 3137.*149 bits"):
+        attack_layer(publication, 0)
+    with pytest.raises(ConfigurationError, match="out of reach"):
+        Reduced(system(publication, 0))
+
+
+def test_a_system_holds_for_the_truth_and_for_nothing_near_it() -> None:
+    width = 100  # two blocks, of which the second is not full
+    served, publication = published(width, insecure=True)
+    equations, hint = system(publication, 0), publication.layers[0].hint
+    assert hint is not None
+    secret = served._secret[0].matrix[0].astype(np.int64)
+    assert equations.fits(secret, hint[0])
+    secret[width - 1] += 1
+    assert not equations.fits(secret, hint[0])
+
+
+def test_every_set_that_is_not_insecure_has_128_bits_in_every_problem_and_both_models() -> None:
+    found = lines()
+    assert {line.parameters for line in found} == {one.name for one in SETS}
+    for line in found:
+        if not line.parameters.startswith("insecure_"):
+            assert line.bits_core_svp >= REQUIRED_BITS
+            assert line.bits_he_standard > line.bits_core_svp
+        else:
+            assert line.bits_core_svp < 40
+    # Three problems, two attacks.
+    assert len([line for line in found if line.parameters == DEFAULT.name]) == 6
+    assert [name for name, _ in problems(DEFAULT)] == ["query", "hint", "answers to random queries"]
+
+
+def test_the_verdict_names_the_easiest_problem() -> None:
+    assert "149 bits" in verdict(DEFAULT)
+    assert "hides nothing" in verdict(INSECURE_TEST)
