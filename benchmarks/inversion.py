@@ -1,6 +1,6 @@
 """How much of a prompt each attack recovers: model × cut × attack × data set, with intervals.
 
-    python benchmarks/inversion.py                      the subset: stories3M, 150 s to learn (≤ 40 minutes)
+    python benchmarks/inversion.py                      the subset: stories3M, 9 × 150 s to learn, at most
     python benchmarks/inversion.py --full               both models, 300 s to learn
 
 Both resume: rows are kept in --out. The models and texts are those of a folder named `shared` beside the repository,

@@ -1,6 +1,6 @@
 """The exact search: candidates a token with its learnt ranking, against brute force over the vocabulary, in one run.
 
-    python benchmarks/search.py                     both models, every cut, fp32, bf16 and int8 crossings (≈ 10 minutes)
+    python benchmarks/search.py                     both models, every cut, fp32, bf16 and int8 crossings (≈ 20 minutes)
     python benchmarks/search.py --cuts 1,3,6 --defences none
 
 Models and texts as in inversion.py; 20 prompts of 40 tokens from each data set. Brute force runs every vocabulary entry
