@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from splitveil.lattice.ring import LANES
 from splitveil.private.engine import Mask, Site
+from splitveil.serving.ending import close_at_exit, end
 
 DEFAULT_BYTES = 64 << 20
 _alive: "weakref.WeakSet[MaskPool]" = weakref.WeakSet()
@@ -36,6 +37,7 @@ class MaskPool:
         self._thread: threading.Thread | None = None
         self._make_locks()
         _alive.add(self)
+        close_at_exit(self)
         if self.rows_per_site:
             self._start()
 
@@ -90,7 +92,7 @@ class MaskPool:
                 stock.clear()
         self._wake.put(None)
         if self._thread is not None:
-            self._thread.join()
+            end([self._thread])
 
     def _room(self, index: int | None) -> bool:
         return index is not None and not self._closed and len(self._stock[index]) + LANES <= self.rows_per_site

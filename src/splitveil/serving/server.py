@@ -13,6 +13,7 @@ from typing import Any
 import grpc
 
 from splitveil.errors import BudgetExceededError, ConfigurationError, KeyRejectedError, ProtocolError, RefusedError
+from splitveil.serving.ending import close_at_exit, end
 from splitveil.serving.gate import Admitted, Anyone, Doorkeeper, Gate, Open
 from splitveil.serving.publishing import ServedAdapter
 from splitveil.wire import codec
@@ -58,7 +59,8 @@ class Server:
             raise ConfigurationError("a server needs at least one adapter: --adapter NAME=DIR")
         self._service = _Service(adapters, gate or Open(), keys, on_query)
         self._on_close = on_close
-        threads: Any = _Threads()  # gRPC asks for a ThreadPoolExecutor, and calls ``submit`` alone
+        self._threads = _Threads()
+        threads: Any = self._threads  # gRPC asks for a ThreadPoolExecutor, and calls ``submit`` alone
         self._server = grpc.server(
             threads,
             handlers=[self._service],
@@ -71,6 +73,7 @@ class Server:
             raise ConfigurationError(f"cannot listen on {listen}: is the port taken?") from None
         self.address = f"{host}:{bound}"
         self._server.start()
+        close_at_exit(self)
 
     def summary(self) -> list[str]:
         """One line an adapter: what is served, for the operator to read."""
@@ -87,6 +90,7 @@ class Server:
     def close(self) -> None:
         """Ends all sessions and stops listening; safe to call twice."""
         self._server.stop(grace=0.5).wait()
+        self._threads.shutdown()
         on_close, self._on_close = self._on_close, None
         if on_close is not None:
             on_close()
@@ -107,6 +111,9 @@ class _Threads(Executor):
     server is not kept alive by them.
     """
 
+    def __init__(self) -> None:
+        self._running: set[threading.Thread] = set()
+
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """Runs the call in a thread of its own."""
         future: Future[Any] = Future()
@@ -116,9 +123,18 @@ class _Threads(Executor):
                 future.set_result(fn(*args, **kwargs))
             except BaseException as error:  # noqa: BLE001 - whose it is, the future's reader decides
                 future.set_exception(error)
+            finally:
+                self._running.discard(thread)
 
-        threading.Thread(target=run, name="splitveil-session", daemon=True).start()
+        thread = threading.Thread(target=run, name="splitveil-session", daemon=True)
+        self._running.add(thread)
+        thread.start()
         return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Waits for the sessions, which the server has ended."""
+        if wait:
+            end(list(self._running))
 
 
 class _Service(grpc.GenericRpcHandler):

@@ -26,6 +26,7 @@ from splitveil.errors import (
     UnknownAdapterError,
     VersionError,
 )
+from splitveil.serving.ending import close_at_exit, end
 from splitveil.wire import codec
 
 CONNECT_SECONDS = 20.0
@@ -83,10 +84,13 @@ class Stream:
         self._late = False
         self._heard = 0.0
         self._failure: SplitveilError | None = None
-        self._reader: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
         self._channel = grpc.insecure_channel(address, options=OPTIONS)
         method: Any = self._channel.stream_stream(codec.METHOD)
         self._call: Any = method(self._requests(hello))
+        # gRPC calls back in the thread that serves this channel, which ends a moment after.
+        self._call.add_callback(self._here)
+        close_at_exit(self)
 
     def receive(self) -> codec.Welcome | codec.Chunk | codec.Answer | codec.Refusal:
         """The next message, within ``CONNECT_SECONDS``; before ``start_answers`` only."""
@@ -102,8 +106,9 @@ class Stream:
 
     def start_answers(self) -> None:
         """From now on the server may only answer."""
-        self._reader = threading.Thread(target=self._read, name="splitveil-answers", daemon=True)
-        self._reader.start()
+        reader = threading.Thread(target=self._read, name="splitveil-answers", daemon=True)
+        self._threads.append(reader)
+        reader.start()
 
     def submit(self, layers: tuple[int, ...], rows: int, data: bytes) -> Ticket:
         """Sends one query."""
@@ -129,16 +134,19 @@ class Stream:
         return ticket.message
 
     def close(self) -> None:
-        """Ends the stream and its threads; safe to call twice."""
+        """Ends the stream and its threads, gRPC's included; safe to call twice."""
         self._fail(ConnectionFailedError(f"the session with {self._address} is closed; connect again"))
         self._channel.close()
-        if self._reader is not None:
-            self._reader.join()
+        end(self._threads)
 
     # -- the stream's own threads ------------------------------------------------------------------------------------
 
+    def _here(self) -> None:
+        self._threads.append(threading.current_thread())
+
     def _requests(self, hello: codec.Hello) -> Iterator[bytes]:
         """What gRPC sends, in a thread of its own."""
+        self._here()
         yield self._counted(codec.encode_client(hello))
         while (item := self._outgoing.get()) is not None:
             ticket, layers, rows, data = item
