@@ -24,6 +24,11 @@ _OPTIONS = [
         help="Holds the API key, where the vendor asks for one; without it, $SPLITVEIL_API_KEY.",
     ),
     click.option("--max-new-tokens", default=128, show_default=True, type=click.IntRange(1)),
+    click.option(
+        "--fixed-length",
+        is_flag=True,
+        help="Always take --max-new-tokens steps, so that the server cannot see where an answer ends.",
+    ),
     click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(0), help="0 means greedy."),
     click.option("--seed", type=int, help="Seed for sampling."),
     click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True, help="Of the base model."),
@@ -110,6 +115,7 @@ def _connected(where: dict[str, Any]) -> tuple[Any, Any]:
             where["server"],
             where["adapter"],
             api_key=key,
+            fixed_length=where["fixed_length"],
             progress=lambda done, total: bar.update(task, completed=done, total=total, visible=True),
         )
     return model, tokenizer

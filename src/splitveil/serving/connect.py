@@ -31,6 +31,7 @@ def connect(
     pool_bytes: int = DEFAULT_BYTES,
     cache: PublicationCache | None = None,
     progress: Callable[[int, int], None] | None = None,
+    fixed_length: bool = False,
     allow_insecure: bool = False,
 ) -> Model:
     """Attaches a private adapter, served at ``address`` ("host:port"), to a local base model, and returns that model.
@@ -42,6 +43,9 @@ def connect(
     ``api_key`` is what the vendor gave this client, where the vendor asks for one. ``pool_bytes`` bounds the masks
     prepared ahead of time, ``cache`` is where publications are kept (by default in the user's cache folder),
     ``progress(done, total)`` is called while a publication is downloaded.
+
+    With ``fixed_length`` every ``generate()`` takes as many steps as ``max_new_tokens`` allows, whatever it says, and
+    reports errors after the last one, so that neither the number of messages nor their pace shows where it stopped.
 
     Raises ``ConnectionFailedError``, ``UnknownAdapterError``, ``KeyRejectedError``, ``BaseModelError`` if the adapter
     is for another base, ``ConfigurationError`` if the model is connected already.
@@ -63,7 +67,7 @@ def connect(
     try:
         modules = locate(base_model, session.publication)
         half = public_half(session.publication)
-        attached = Adapter(base_model, modules, half, session, pool_bytes=pool_bytes)
+        attached = Adapter(base_model, modules, half, session, pool_bytes=pool_bytes, fixed_length=fixed_length)
     except BaseException:
         session.close()
         raise

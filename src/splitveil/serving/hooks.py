@@ -15,8 +15,16 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from splitveil.errors import BaseModelError, ConfigurationError
+from splitveil.errors import (
+    BaseModelError,
+    ConfigurationError,
+    NonFiniteError,
+    ProtocolError,
+    RefusedError,
+    SplitveilError,
+)
 from splitveil.private.engine import Pending, PublicHalf, Site
+from splitveil.serving.fixed_length import FixedLength
 from splitveil.serving.pool import MaskPool
 from splitveil.serving.session import Session
 from splitveil.serving.sites import Seen, SiteLearner
@@ -62,6 +70,8 @@ class _PerThread:
 
     flights: list[_Flight] = field(default_factory=list)
     learner: SiteLearner | None = None
+    deferred: list[SplitveilError] | None = None
+    """Where errors are left for later while a generation of fixed length goes on; None to raise them."""
 
 
 class Adapter:
@@ -75,6 +85,7 @@ class Adapter:
         session: Session,
         *,
         pool_bytes: int,
+        fixed_length: bool = False,
     ) -> None:
         self.session = session
         self._half = half
@@ -86,6 +97,7 @@ class Adapter:
         self._local = threading.local()
         self._learning = threading.Lock()
         self.pool: MaskPool | None = None
+        self._fixed = FixedLength(model, self._defer) if fixed_length else None
         self._handles = [
             model.register_forward_pre_hook(self._begin),
             model.register_forward_hook(self._end, always_call=True),
@@ -99,6 +111,9 @@ class Adapter:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        fixed, self._fixed = self._fixed, None
+        if fixed is not None:
+            fixed.remove()
         if self.pool is not None:
             self.pool.close()
         self.session.close()
@@ -207,7 +222,7 @@ class Adapter:
 
     def _receive(self, flight: _Flight) -> dict[int, torch.Tensor]:
         if flight.cores is None:
-            answers = [flight.site.recover(pending, self.session.result(ticket)) for ticket, pending in flight.parts]
+            answers = [self._recovered(flight.site, ticket, pending) for ticket, pending in flight.parts]
             flight.cores = {
                 layer: torch.from_numpy(
                     np.concatenate([answer[i] for answer in answers]) if len(answers) > 1 else answers[0][i]
@@ -215,6 +230,20 @@ class Adapter:
                 for i, layer in enumerate(flight.layers)
             }
         return flight.cores
+
+    def _recovered(self, site: Site, ticket: Ticket, pending: Pending) -> list[F32]:
+        """One message's cores, or zeros in their place where errors are told later."""
+        try:
+            return site.recover(pending, self.session.result(ticket))
+        except (ProtocolError, RefusedError, NonFiniteError) as error:
+            deferred = self._state().deferred
+            if deferred is None:
+                raise
+            deferred.append(error)
+            return [np.zeros((pending.rows, rank), dtype=np.float32) for rank in site.ranks]
+
+    def _defer(self, failures: list[SplitveilError] | None) -> None:
+        self._state().deferred = failures
 
     def _layers(self, names: Sequence[str]) -> tuple[int, ...]:
         """The published layers that serve these modules, each once."""
