@@ -26,6 +26,7 @@ COMMANDS = {
     "keys": ("splitveil.cli.keys", "keys", "Make, list and revoke the API keys of clients (the vendor's side)."),
     "extract": ("splitveil.cli.extract", "extract", "How much of an adapter can a client rebuild?"),
     "inspect": ("splitveil.cli.inspect", "inspect", "Can this adapter be served? What would it cost?"),
+    "convert": ("splitveil.cli.convert", "convert", "ChatGLM checkpoints and adapters without remote code."),
     "bench": ("splitveil.cli.bench", "bench", "Measure speed and size on this machine, both sides in one run."),
 }
 
