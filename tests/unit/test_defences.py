@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from equivalence.support import random_model, tiny_llama
-from scipy.stats import chisquare
+from scipy.stats import chisquare, gamma, kstest
 from torch import Tensor
 
 from splitveil.defences import catalogue
@@ -15,7 +15,7 @@ from splitveil.defences.encrypted import EncryptedQuery
 from splitveil.errors import ConfigurationError, NonFiniteError
 from splitveil.split import Crossing, cut
 
-SPECS = ("none", "gaussian:0.1", "int8", "int4", "bfloat16", "encrypted")
+SPECS = ("none", "gaussian:0.1", "dchi:4", "int8", "int4", "bfloat16", "topk:0.25", "permutation", "encrypted")
 FALSE_ALARM = 1e-9
 
 
@@ -37,14 +37,19 @@ def test_the_catalogue_has_every_name_and_builds_it() -> None:
         assert defence.summary
     assert catalogue.create("gaussian:0.1").params == {"sigma": 0.1}
     assert catalogue.create("int4").params == {"bits": 4}
+    assert catalogue.create("dchi:4").params == {"eta": 4.0}
+    assert catalogue.create("topk:0.25").params == {"share": 0.25}
 
 
 @pytest.mark.parametrize(
     "spec",
-    ["", "rot13", "gaussian", "gaussian:", "gaussian:much", "gaussian:-1", "gaussian:0", "gaussian:nan", "int8:3"],
+    [
+        *("", "rot13", "gaussian", "gaussian:", "gaussian:much", "gaussian:-1", "gaussian:0", "gaussian:nan", "int8:3"),
+        *("dchi", "dchi:0", "dchi:-1", "dchi:inf", "topk:0", "topk:1.5", "topk:nan", "permutation:2"),
+    ],
 )
 def test_what_cannot_be_built_is_refused_by_name(spec: str) -> None:
-    with pytest.raises(ConfigurationError, match=r"int8|positive"):
+    with pytest.raises(ConfigurationError, match=r"int8|positive|at most 1"):
         catalogue.create(spec)
 
 
@@ -76,7 +81,7 @@ def test_dtype_and_padding_stay(spec: str, dtype: torch.dtype) -> None:
     assert torch.equal(after.hidden[~after.text], crossing.hidden[~crossing.text])
 
 
-@pytest.mark.parametrize("spec", [s for s in SPECS if s != "none"])
+@pytest.mark.parametrize("spec", [s for s in SPECS if s not in ("none", "permutation")])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_states_that_are_not_finite_are_refused_where_there_is_text_only(spec: str, bad: float) -> None:
     crossing = some()
@@ -144,6 +149,56 @@ def test_bfloat16_is_within_its_own_rounding() -> None:
     relative = ((after.hidden - crossing.hidden) / crossing.hidden).abs()[crossing.text]
     assert 2**-12 < float(relative.max()) <= 2**-8
     assert torch.equal(catalogue.create("bfloat16").protect(after).hidden, after.hidden)
+
+
+def test_metric_noise_has_the_lengths_of_a_gamma_and_no_direction() -> None:
+    eta, width, count = 2.0, 24, 40_000
+    crossing = some(batch=1, positions=count, width=width)
+    noise = noise_of(catalogue.create("dchi:2", seed=3), crossing).double()
+    length = noise.norm(dim=-1)
+    # ‖z‖ is Gamma(width, 1/η) where the density of z is proportional to exp(−η‖z‖).
+    assert kstest(length.numpy(), gamma(width, scale=1 / eta).cdf).pvalue > FALSE_ALARM
+    assert kstest(length.numpy(), gamma(width, scale=1.02 / eta).cdf).pvalue < FALSE_ALARM
+    mean = (noise / length[:, None]).mean(0)
+    assert float(mean.norm()) < 6 / math.sqrt(count)
+    second = (noise / length[:, None]).T @ (noise / length[:, None]) / count
+    assert float((second - torch.eye(width, dtype=torch.float64) / width).abs().max()) < 6 / width / math.sqrt(count)
+
+
+def test_metric_noise_does_not_depend_on_the_state() -> None:
+    crossing = some()
+    other = crossing.with_hidden(crossing.hidden * 100)
+    first, second = (noise_of(catalogue.create("dchi:2", seed=3), c) for c in (crossing, other))
+    assert torch.allclose(first, second, atol=1e-3)
+    assert float(first.norm()) > 1
+
+
+@pytest.mark.parametrize(("share", "kept"), [(1.0, 32), (0.25, 8), (0.001, 1)])
+def test_the_largest_entries_cross_and_nothing_else(share: float, kept: int) -> None:
+    crossing = some()
+    plain, after = crossing.hidden[crossing.text], catalogue.create(f"topk:{share}").protect(crossing).hidden
+    after = after[crossing.text]
+    crossed = after != 0
+    assert bool((crossed.sum(-1) == kept).all())
+    assert torch.equal(after[crossed], plain[crossed])
+    smallest = plain.abs().masked_fill(~crossed, math.inf).amin(-1)
+    largest_left = plain.abs().masked_fill(crossed, 0.0).amax(-1)
+    assert bool((smallest >= largest_left).all())
+
+
+def test_a_permutation_is_one_secret_order() -> None:
+    crossing = some()
+    defence = catalogue.create("permutation")
+    plain, after = crossing.hidden[crossing.text], defence.protect(crossing).hidden[crossing.text]
+    order = [int((plain[0] == value).nonzero()) for value in after[0]]
+    assert sorted(order) == list(range(32))
+    assert order != sorted(order)
+    assert torch.equal(plain[:, order], after)
+    assert torch.equal(defence.protect(crossing).hidden[crossing.text], after)
+    assert not torch.equal(catalogue.create("permutation").protect(crossing).hidden[crossing.text], after)
+    # An audit that is resumed meets the device that it began with.
+    again = [catalogue.create("permutation", seed=4).protect(crossing).hidden for _ in range(2)]
+    assert torch.equal(*again)
 
 
 # What an eavesdropper can see in encrypted crossings: tests that must fire on plain ones, and not here.

@@ -123,7 +123,8 @@ def audit(
       queries, and text of their own  ridge, mlp, pooled, revert (the strongest)
       the device half's weights       search (exact, certified), optimise
     Defences, which attackers know and adapt to:
-      none, gaussian:SIGMA, int8, int4, bfloat16, encrypted
+      none, gaussian:SIGMA, dchi:ETA, int8, int4, bfloat16, topk:SHARE,
+      permutation, encrypted
 
     Data: .txt has one prompt a line. Tables and objects: --column, or the one called text, full_text, prompt, question,
     dialogue or content. Objects may mark personal data, which is then scored by itself:

@@ -5,17 +5,21 @@ from collections.abc import Callable
 from splitveil.defences.defence import Defence
 from splitveil.defences.encrypted import EncryptedQuery
 from splitveil.defences.gaussian import Gaussian
+from splitveil.defences.metric_noise import MetricNoise
 from splitveil.defences.none import Plain
+from splitveil.defences.permute import Permutation
 from splitveil.defences.quantise import BFloat16, Int4, Int8
+from splitveil.defences.sparsify import TopK
 from splitveil.errors import ConfigurationError
 
 _FIXED: dict[str, Callable[[], Defence]] = {c.name: c for c in (Plain, Int8, Int4, BFloat16, EncryptedQuery)}
-_WITH_NUMBER: dict[str, Callable[[float, int | None], Defence]] = {c.name: c for c in (Gaussian,)}
+_WITH_KEY: dict[str, Callable[[int | None], Defence]] = {c.name: c for c in (Permutation,)}
+_WITH_NUMBER: dict[str, Callable[[float, int | None], Defence]] = {c.name: c for c in (Gaussian, MetricNoise, TopK)}
 
 
 def names() -> tuple[str, ...]:
     """Names that ``create`` knows."""
-    return (*_FIXED, *_WITH_NUMBER)
+    return (*_FIXED, *_WITH_KEY, *_WITH_NUMBER)
 
 
 def create(spec: str, seed: int | None = None) -> Defence:
@@ -25,10 +29,10 @@ def create(spec: str, seed: int | None = None) -> Defence:
     an unknown name, and for a number that is missing, too much or not in range.
     """
     name, colon, number = spec.strip().partition(":")
-    if name in _FIXED:
+    if name in _FIXED or name in _WITH_KEY:
         if colon:
             raise ConfigurationError(f"defence {name!r} takes no number, got {spec!r}; {_known()}")
-        return _FIXED[name]()
+        return _FIXED[name]() if name in _FIXED else _WITH_KEY[name](seed)
     if name not in _WITH_NUMBER:
         raise ConfigurationError(f"unknown defence {spec!r}; {_known()}")
     try:
@@ -41,4 +45,4 @@ def create(spec: str, seed: int | None = None) -> Defence:
 
 
 def _known() -> str:
-    return "known: " + ", ".join([*_FIXED, *(f"{name}:NUMBER" for name in _WITH_NUMBER)])
+    return "known: " + ", ".join([*_FIXED, *_WITH_KEY, *(f"{name}:NUMBER" for name in _WITH_NUMBER)])

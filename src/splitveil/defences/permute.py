@@ -1,0 +1,54 @@
+"""The entries of every state in a secret order."""
+
+import secrets
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from splitveil.split import Crossing
+
+
+class Permutation:
+    """One secret permutation of the entries, the device's key, drawn once for each width.
+
+    Who can only look does not know which entry is which. Who can also run the device's program, as attacks that query
+    it do, learns from permuted states as well as from any others: a fixed key costs such an attacker nothing, and the
+    audit shows it. Lengths, angles and all statistics that do not name an entry are kept, too.
+    """
+
+    name: ClassVar[str] = "permutation"
+    summary: ClassVar[str] = "each state's entries in a secret order, the same for all"
+
+    def __init__(self, seed: int | None = None) -> None:
+        """``seed`` makes the key repeatable, so that an audit can be resumed; never for a device."""
+        self._orders: dict[int, Tensor] = {}
+        self._seed = seed
+
+    @property
+    def params(self) -> Mapping[str, float | int | str]:
+        """None: the order is a key."""
+        return {}
+
+    def width(self, width: int) -> int:
+        """How wide the defended crossing of a plain one of ``width`` is: the same."""
+        return width
+
+    def protect(self, crossing: Crossing) -> Crossing:
+        """The same dtype and shape; positions without text stay as they are."""
+        hidden = crossing.hidden.clone()
+        hidden[crossing.text] = crossing.hidden[crossing.text][:, self._order(crossing.width).to(hidden.device)]
+        return crossing.with_hidden(hidden)
+
+    def _order(self, width: int) -> Tensor:
+        if width not in self._orders:
+            self._orders[width] = self._drawn(width)
+        return self._orders[width]
+
+    def _drawn(self, width: int) -> Tensor:
+        if self._seed is not None:
+            return torch.randperm(width, generator=torch.Generator().manual_seed(self._seed))
+        order = list(range(width))
+        secrets.SystemRandom().shuffle(order)
+        return torch.tensor(order)
