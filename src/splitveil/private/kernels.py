@@ -23,19 +23,19 @@ def encode_row(x: F32, mask: U32, out: U32, size: float, square: U64) -> float:
     """
     width = len(x)
     square[0] = square[1] = 0
-    # x is divided by its largest entry before it is squared: subnormal and huge inputs keep their precision.
-    peak = np.float32(0.0)
-    poison = np.float32(0.0)
+    # x is divided by its largest entry before it is squared: subnormal and huge inputs keep their precision. Magnitudes
+    # are compared as bits, whose order is the same: a maximum of floats, with its rules for NaN, is not vectorised.
+    bits = x.view(np.uint32)
+    top = np.zeros(1, dtype=np.uint32)
     for i in range(width):
-        peak = max(peak, abs(x[i]))
-        poison += x[i] - x[i]
-    finite = poison == np.float32(0.0)
-    if peak == np.float32(0.0) or not finite:
+        top[0] = max(top[0], bits[i] & np.uint32(0x7FFFFFFF))
+    finite = top[0] < np.uint32(0x7F800000)
+    if top[0] == np.uint32(0) or not finite:
         for i in range(len(mask)):
             out[i] = mask[i]
         return 0.0 if finite else np.nan
     # Eight partial sums, so that the loop is not one chain of additions.
-    inverse = 1.0 / np.float64(peak)
+    inverse = 1.0 / np.float64(top.view(np.float32)[0])
     partial = np.zeros(8)
     whole = width - width % 8
     for i in range(0, whole, 8):
