@@ -42,6 +42,7 @@ format: setup
 bench: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/splitveil bench
+	$(BIN)/python benchmarks/peers.py
 	$(BIN)/python benchmarks/search.py
 	$(BIN)/python benchmarks/inversion.py --full
 	PYTHONPATH=tests $(BIN)/python benchmarks/ledger.py

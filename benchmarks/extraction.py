@@ -4,12 +4,11 @@
     python benchmarks/extraction.py --out DIR --base B --adapter A --data FILE    another one
 
 A row is a token. Both parts resume: what was measured is kept in --out. The embedded default is judged on the held-out
-pairs of its training text (../shared/text/medquad, or --shared DIR).
+pairs of its training text (../shared/text/medquad, or --shared DIR), which DIR/held_out.jsonl then holds.
 """
 
 import argparse
 import json
-import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -35,10 +34,11 @@ from splitveil.private.leakage import peak_ratio, rows_until
 
 NOISES = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)
 SHARES = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 8.0)
+ATTACKS = ("chosen", "directed", "honest", "known-A")
 CLONE = 0.95
 """Of the adapter's gain in perplexity: what a clone has to bring back to count as one."""
 ERRORS = (0.1, 0.01, 0.0)
-STEP = 0.05
+TRIES = 3
 
 
 def main() -> None:
@@ -51,15 +51,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=8192, help="half of them are the attacker's")
     parser.add_argument("--noises", default=",".join(map(str, NOISES)))
-    parser.add_argument("--layers", type=int, default=3, help="compared with the ledger, one by one")
+    parser.add_argument("--ledger-only", action="store_true", help="compare with the ledger, and no more")
     options = parser.parse_args()
     torch.set_num_threads(1)
     began = time.process_time()
     adapter = load_adapter(options.adapter)
+    noises = tuple(map(float, options.noises.split(",")))
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.ledger_only:
+        ledger(adapter, noises, options.out / "agreement.jsonl")
+        return
     model = AutoModelForCausalLM.from_pretrained(options.base, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(options.base)
-    text = Text.of(tokenizer, texts(options), tokens=options.tokens, length=256)
-    noises = tuple(map(float, options.noises.split(",")))
+    judged = texts(options)
+    (options.out / "held_out.jsonl").write_text("".join(json.dumps({"text": one}) + "\n" for one in judged))
+    text = Text.of(tokenizer, judged, tokens=options.tokens, length=256)
     width = min(module.d_in for module in adapter.modules)
     rank = max(module.rank for module in adapter.modules)
     mine = text.halves()[0].tokens
@@ -70,13 +76,13 @@ def main() -> None:
         rows=rows,
         noises=noises,
         out=options.out,
-        attacks=("chosen", "directed", "honest", "known-A"),
+        attacks=ATTACKS,
         watch=lambda words: print(f"\r{words:60}", end="", file=sys.stderr),
     )
     print(file=sys.stderr)
     print(f"{options.adapter.name}: d = {width}, r = {rank}, {text.tokens} tokens, half of them judge\n")
     worth(found, noises)
-    ledger(adapter, noises, options.layers, options.out / "ledger.jsonl")
+    ledger(adapter, noises, options.out / "agreement.jsonl")
     print(f"{time.process_time() - began:.0f} s of one core")
 
 
@@ -94,24 +100,37 @@ def texts(options: argparse.Namespace) -> list[str]:
 
 def worth(found: Sequence[Row], noises: Sequence[float]) -> None:
     """Perplexity lost to the noise, and the fewest rows measured after which each attack has a clone."""
-    attacks = ("chosen", "directed", "honest", "known-A")
     value = {(one.attack, one.noise, one.rows, one.metric): one.value for one in found}
     quiet, base = value["adapter", 0.0, 0, "perplexity"], value["base", 0.0, 0, "perplexity"]
-    heads = [f"{name}: rows to {round(100 * CLONE)} % of the gain" for name in attacks]
-    heads += [f"chosen: rows to {_error(error)}" for error in ERRORS]
-    print(f"perplexity without the adapter {base:.2f}, with it {quiet:.2f}\n")
-    print("| noise | perplexity | of the gain lost | " + " | ".join(heads) + " |")
-    print("|" + "---|" * (len(heads) + 3))
+    goal = base - CLONE * (base - quiet)
+    measured = sorted({one.rows for one in found if one.attack == "chosen"})
+    print(f"perplexity without the adapter {base:.2f}, with it {quiet:.2f}; measured at {_list(measured)} rows\n")
+    heads = ["noise", "perplexity", "of the gain lost", "attack", f"rows to {round(100 * CLONE)} % of the gain"]
+    heads += [f"rows to {_error(error)}" for error in ERRORS]
+    print("| " + " | ".join(heads) + " |")
+    print("|" + "---|" * len(heads))
     for noise in noises:
         here = value["adapter", noise, 0, "perplexity"]
         cells = [f"{100 * noise:g} %", f"{here:.2f}", f"{100 * (here - quiet) / (base - quiet):.2f} %"]
-        for attack in attacks:
-            goal = base - CLONE * (base - quiet)
-            cells.append(_first(value, attack, noise, "perplexity", goal))
-        cells += [_first(value, "chosen", noise, "error", error) for error in ERRORS[:-1]]
-        cells.append(_first(value, "chosen", noise, "exact", 1.0, least=True))
-        print("| " + " | ".join(cells) + " |")
+        for attack in ATTACKS:
+            rows = [_first(value, attack, noise, "perplexity", goal)]
+            rows += [_first(value, attack, noise, "error", error) for error in ERRORS[:-1]]
+            # Only this attack is after integers.
+            rows.append(_first(value, attack, noise, "exact", 1.0, least=True) if attack == "chosen" else "")
+            print("| " + " | ".join([*cells, attack, *rows]) + " |")
+            cells = ["", "", ""]
+    print("\nshare of the gain that the clone brings back, by rows\n")
+    print("| noise | attack | " + " | ".join(f"{rows:,}" for rows in measured) + " |")
+    print("|" + "---|" * (len(measured) + 2))
+    for noise in noises:
+        for attack in ATTACKS:
+            shares = [(base - value[attack, noise, rows, "perplexity"]) / (base - quiet) for rows in measured]
+            print(f"| {100 * noise:g} % | {attack} | " + " | ".join(f"{100 * share:.1f} %" for share in shares) + " |")
     print()
+
+
+def _list(rows: Sequence[int]) -> str:
+    return ", ".join(f"{one:,}" for one in rows)
 
 
 def _first(
@@ -134,63 +153,74 @@ def _error(error: float) -> str:
     return f"{100 * error:g} %" if error else "exact"
 
 
-def ledger(adapter: Any, noises: Sequence[float], count: int, path: Path) -> None:
-    """For some layers: rows that the ledger says, and rows that the attack needs, in steps of 5 %."""
+def ledger(adapter: Any, noises: Sequence[float], path: Path) -> None:
+    """For a layer of every kind: rows that the ledger says, and rows that the attack needs, in steps of 5 %."""
     kept = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    done = {(one["noise"], one["layer"], one["error"]): one for one in kept}
+    done = {(one["noise"], one["kind"], one["error"]): one for one in kept}
+    kinds = kinds_of(publish_target(adapter, 0.0))
+    print("rows the ledger says → rows the attack needs (ratio), for one layer of every kind\n")
+    print("| noise | layer | κ | " + " | ".join(map(_error, ERRORS)) + " |")
+    print("|" + "---|" * (len(ERRORS) + 3))
+    ratios = []
     for noise in noises:
         target: Target | None = None
-        for place in range(count):
+        for kind, layer in kinds.items():
             for error in ERRORS:
-                if (noise, place, error) in done:
+                if (noise, kind, error) in done:
                     continue
                 target = target or publish_target(adapter, noise)
-                layer = place * len(target.publication.layers) // count
-                measured, said = compared(target, layer, error)
-                line = {"noise": noise, "layer": place, "error": error, "measured": measured, "said": said}
+                peak = peak_ratio([target.core(layer)])
+                said, needed = compared(target, layer, error)
+                line = {"noise": noise, "kind": kind, "error": error, "peak": peak, "said": said, "needed": needed}
                 with path.open("a") as file:
                     file.write(json.dumps(line) + "\n")
-                done[noise, place, error] = line
-    print("rows the attack needs ÷ rows the ledger says, layer by layer\n")
-    print("| noise | " + " | ".join(map(_error, ERRORS)) + " |")
-    print("|" + "---|" * (len(ERRORS) + 1))
-    for noise in noises:
-        cells = []
-        for error in ERRORS:
-            pairs = [done[noise, place, error] for place in range(count)]
-            cells.append(", ".join(_ratio(pair) for pair in pairs))
-        print(f"| {100 * noise:g} % | " + " | ".join(cells) + " |")
-    print()
+                done[noise, kind, error] = line
+            lines = [done[noise, kind, error] for error in ERRORS]
+            ratios += [one["needed"] / one["said"] for one in lines if one["needed"] and one["said"]]
+            cells = " | ".join(map(_ratio, lines))
+            print(f"| {100 * noise:g} % | {kind} | {lines[0]['peak']:.1f} | {cells} |", flush=True)
+    count = len(noises) * len(kinds) * len(ERRORS)
+    print(f"\n{len(ratios)} of {count} compared; ratios from {min(ratios):.2f} to {max(ratios):.2f}\n")
 
 
-def _ratio(pair: dict[str, Any]) -> str:
-    if pair["said"] is None or pair["measured"] is None:
-        return "not measured"
-    return f"{pair['measured']}/{pair['said']} = {pair['measured'] / pair['said']:.2f}"
+def kinds_of(target: Target) -> dict[str, int]:
+    """Name and width → a published layer: one of every kind, each from another block where there are enough blocks."""
+    found: dict[str, list[int]] = {}
+    for index, layer in enumerate(target.publication.layers):
+        names = "+".join(name.rpartition(".")[2] for name, _ in layer.outputs)
+        found.setdefault(f"{names}, d = {layer.width}", []).append(index)
+    return {kind: layers[place % len(layers)] for place, (kind, layers) in enumerate(found.items())}
+
+
+def _ratio(line: dict[str, Any]) -> str:
+    if line["said"] is None:
+        return "no known way"
+    if line["needed"] is None:
+        return f"{line['said']:,} → more than twice that"
+    return f"{line['said']:,} → {line['needed']:,} ({line['needed'] / line['said']:.2f})"
 
 
 def compared(target: Target, layer: int, error: float) -> tuple[int | None, int | None]:
-    """(rows measured, rows said); None where the search gives up."""
-    channel = channel_of(target, layer)
+    """(rows said, rows needed); None where nothing is known, and where the search gives up at twice what is said."""
     try:
-        said = rows_until(channel, error)
+        said = rows_until(channel_of(target, layer), error)
     except OverflowError:
         return None, None
     truth, ratio = target.core(layer), peak_ratio([target.core(layer)])
-    for rows in _around(said):
+
+    def reached(rows: int) -> bool:
         client = target.client()
         got = chosen(client, layer, rows, peak_ratio=ratio)
         if error == 0:
-            reached = bool(got.seen.all()) and confirm(client, layer, got.integers)
-        else:
-            reached = float(np.linalg.norm(got.values - truth) / np.linalg.norm(truth)) <= error
-        if reached:
-            return rows, said
-    return None, said
+            return bool(got.seen.all()) and confirm(client, layer, got.integers)
+        return float(np.linalg.norm(got.values - truth) / np.linalg.norm(truth)) <= error
+
+    # Of three tries two must succeed: the first success of a long search would be luck.
+    return said, next((rows for rows in _around(said) if sum(reached(rows) for _ in range(TRIES)) * 2 > TRIES), None)
 
 
 def _around(rows: int) -> Iterator[int]:
-    yield from (math.floor(rows * share) for share in np.arange(0.7, 2.0, STEP))
+    yield from (round(rows * percent / 100) for percent in range(50, 201, 5))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from abuse.support import (
 from splitveil.errors import ConnectionFailedError, RefusedError, SplitveilError
 from splitveil.private.layer import public_half
 from splitveil.serving import server as server_module
-from splitveil.serving import stream
+from splitveil.serving import service, stream
 from splitveil.serving.publishing import ServedAdapter
 from splitveil.serving.server import Server
 from splitveil.wire import codec
@@ -68,7 +68,7 @@ def test_too_many_sessions_are_refused_and_room_comes_back(layers: ServedAdapter
 
 
 def test_a_client_that_says_nothing_loses_its_session(single: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_module, "HELLO_SECONDS", 1.0)
+    monkeypatch.setattr(service, "HELLO_SECONDS", 1.0)
     with RawClient(single.address) as client:
         assert client.ending()[0] is grpc.StatusCode.CANCELLED
         assert_has_room(single)

@@ -70,6 +70,9 @@ def test_inspect(adapter: Path) -> None:
     assert facts["modules"] == 2
     assert facts["rows"] == 8
     assert facts["rows_until_learned"] == 64
+    attack = facts["rows_of_best_known_attack_without_noise"]
+    assert attack["error_10_percent"] < 64, "fewer than d rows are enough without noise"
+    assert attack["error_10_percent"] <= attack["error_1_percent"] <= attack["exact"] <= 64
     assert facts["sent_bytes"] == 2 * 4 * (64 + 1024)
     assert facts["publication_bytes"] == 8 * 4 * (2048 + 32)
     assert "can be served" in run("inspect", str(adapter)).stdout

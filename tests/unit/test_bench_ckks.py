@@ -118,5 +118,5 @@ def test_refuses_other_inputs() -> None:
 def test_without_seal_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "seal", None)
     assert not available()
-    with pytest.raises(ConfigurationError, match=r"pip install 'splitveil\[bench\]'"):
+    with pytest.raises(ConfigurationError, match=r"pip install 'splitveil\[sealed\]'"):
         CkksLayer(np.ones((2, 4)), np.ones((4, 2)))

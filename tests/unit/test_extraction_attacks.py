@@ -1,6 +1,8 @@
 """Attacks on a whole adapter, and what their clones are worth: each works where it should, and fails elsewhere."""
 
 import math
+from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +11,8 @@ from extraction_support import SEED, Small, initial, small
 from torch import nn
 
 from splitveil.errors import BaseModelError, ConfigurationError, DataError
-from splitveil.extraction.calibrate import calibrate, rows_needed
+from splitveil.extraction import calibrate as calibration
+from splitveil.extraction.calibrate import Calibration, Dial, calibrate, rows_needed
 from splitveil.extraction.honest import converse, regress, relative_error
 from splitveil.extraction.known import known_rows, row_space, surprise
 from splitveil.extraction.measure import (
@@ -24,7 +27,7 @@ from splitveil.extraction.measure import (
 from splitveil.extraction.span import outside, span
 from splitveil.extraction.target import Delta, Target, errors, publish_target
 from splitveil.extraction.through import served
-from splitveil.extraction.worth import Text, attached, hooked, perplexity
+from splitveil.extraction.worth import Perplexity, Text, attached, hooked, perplexity
 from splitveil.private.core import LayerSpec
 from splitveil.private.layer import public_half
 from splitveil.private.layer import publish as publish_layers
@@ -236,9 +239,48 @@ def test_calibration_proposes_what_the_gain_bears_and_says_how_little_it_buys(ca
     assert beyond, "the grid must reach noise that costs more"
     assert beyond[0].lost > 0.05
     assert beyond[0].noise / found.proposal.noise < 1.5
+    assert found.beyond == beyond[0]
     sentence = found.sentence()
+    assert f"--noise {found.proposal.noise:.3g}" in sentence
     assert "of the adapter's gain" in sentence
+    assert f"{beyond[0].noise:.3g}, costs {100 * beyond[0].lost:.1f} %" in sentence
     assert f"{found.proposal.rows[1]:,} for 1 %" in sentence
+
+
+@pytest.mark.parametrize("price", [0.0, 0.05, 0.1])
+def test_a_grid_that_ends_too_early_is_prolonged(monkeypatch: pytest.MonkeyPatch, price: float) -> None:
+    """Perplexity 20 without the adapter, 10 with it; noise δ costs ``price``·δ of the gain."""
+    noises: list[float | None] = [None]
+
+    def publish(adapter: object, noise: float) -> float:
+        noises.append(noise)
+        return noise
+
+    def measured(model: object, text: object) -> Perplexity:
+        noise = noises[-1]
+        value = 20.0 if noise is None else 10 + 10 * price * noise
+        return Perplexity(value, value, value)
+
+    monkeypatch.setattr(calibration, "publish_target", publish)
+    monkeypatch.setattr(calibration, "served", lambda model, target: nullcontext())
+    monkeypatch.setattr(calibration, "perplexity", measured)
+    monkeypatch.setattr(calibration, "rows_needed", lambda target: (1, 2, 3))
+    nothing: Any = None
+    found = calibrate(nothing, nothing, nothing, fraction=0.3, grid=(0.0, 0.1))
+    assert found.proposal.lost <= 0.3
+    if price < 0.03:
+        assert (found.proposal.noise, found.beyond) == (10.0, None)
+    else:
+        assert found.beyond is not None
+        assert found.proposal.noise < 0.3 / price < found.beyond.noise < 1.3 * found.proposal.noise
+
+
+def test_a_proposal_beyond_the_searched_rows_says_so() -> None:
+    quiet = Dial(0.0, Perplexity(10.0, 9.0, 11.0), 0.0, (5, 6, 7))
+    loud = Dial(10.0, Perplexity(10.0, 9.0, 11.0), 0.0, (500, None, None))
+    sentence = Calibration(Perplexity(20.0, 19.0, 21.0), (quiet, loud), 0.05, loud).sentence()
+    assert "the loudest that can be set" in sentence
+    assert "500 rows for an error of 10 %, an unknown number for 1 % and an unknown number for the exact" in sentence
 
 
 def test_calibration_where_there_is_no_gain_or_no_sense(case: Small) -> None:
@@ -257,5 +299,7 @@ def test_calibration_where_there_is_no_gain_or_no_sense(case: Small) -> None:
 def test_rows_needed_are_those_of_the_layer_that_falls_first(quiet: Judge) -> None:
     target: Target = quiet.target
     ten, one, exact = rows_needed(target)
+    assert ten is not None
+    assert one is not None
     assert exact == 64, "d = 64 falls before d = 96"
     assert ten <= one <= exact

@@ -1,5 +1,8 @@
 """Lattice reduction on the published half: it breaks what it should, and not the real thing."""
 
+import math
+import sys
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -8,7 +11,8 @@ from splitveil.errors import ConfigurationError
 from splitveil.extraction.hardness import SETS, lines, problems, verdict
 from splitveil.extraction.hint import Reduced, System, attack_layer, columns, system
 from splitveil.lattice import sampling
-from splitveil.lattice.parameters import DEFAULT, INSECURE_TEST, REQUIRED_BITS
+from splitveil.lattice.hardness import LweInstance, estimate
+from splitveil.lattice.parameters import DEFAULT, INSECURE_TEST, REQUIRED_BITS, Q
 from splitveil.lattice.randomness import public_element
 from splitveil.lattice.ring import FixedElement, reflect
 from splitveil.private.core import LayerSpec, core_rms
@@ -72,6 +76,13 @@ def test_the_real_lattice_is_out_of_reach_and_the_estimate_says_how_far() -> Non
         Reduced(system(publication, 0))
 
 
+def test_without_flint_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, publication = published(16, insecure=True)
+    monkeypatch.setitem(sys.modules, "flint", None)
+    with pytest.raises(ConfigurationError, match=r"pip install 'splitveil\[extract\]'"):
+        attack_layer(publication, 0)
+
+
 def test_a_system_holds_for_the_truth_and_for_nothing_near_it() -> None:
     width = 100  # two blocks, of which the second is not full
     served, publication = published(width, insecure=True)
@@ -95,6 +106,21 @@ def test_every_set_that_is_not_insecure_has_128_bits_in_every_problem_and_both_m
     # Three problems, two attacks.
     assert len([line for line in found if line.parameters == DEFAULT.name]) == 6
     assert [name for name, _ in problems(DEFAULT)] == ["query", "hint", "answers to random queries"]
+
+
+def test_asking_for_the_pad_costs_more_than_the_core_until_what_is_left_is_out_of_reach() -> None:
+    """A client may ask for a row's pad; the hint is then LWE with the core as secret, whatever the answer noise."""
+    pad_bits = DEFAULT.pad_width * math.log2(2 * DEFAULT.pad_bound + 1)
+
+    def left(width: int) -> float:
+        spread = core_rms(width)
+        instance = LweInstance("hint", width, Q, spread, DEFAULT.hint_sigma, samples=DEFAULT.ring_degree)
+        return estimate(instance).bits_core_svp
+
+    worth = [d for d in range(64, 2049, 8) if d * math.log2(core_rms(d) * math.sqrt(2 * math.pi * math.e)) > pad_bits]
+    assert 640 < worth[0] < 720
+    assert min(left(d) for d in worth) > 90
+    assert left(256) < 20, "it is the price of the pad that protects here, not the lattice"
 
 
 def test_the_verdict_names_the_easiest_problem() -> None:

@@ -48,7 +48,18 @@ def test_the_ladder_is_exact_after_the_designs_multiples_of_d(noise: float, widt
     one = channel(noise, width, peak=4.3)
     assert leakage(one, times * width).exact
     assert not leakage(one, (times - 1) * width).exact
-    assert rows_until(one, 0.0) == times * width
+    assert (times - 1) * width < rows_until(one, 0.0) <= times * width
+
+
+def test_exact_means_as_likely_as_not() -> None:
+    """Between two schemes the expected number of wrong entries falls with every column that gets the richer one."""
+    one = channel(0.03, peak=4.7)
+    rows = rows_until(one, 0.0)
+    assert 2 * one.width < rows < 3 * one.width
+    for count, few in ((rows, True), (rows - 1, False)):
+        wrong = sum(columns * scheme.wrong for columns, scheme in plan(one, count).parts)
+        assert (wrong <= math.log(2)) == few
+        assert wrong == pytest.approx(math.log(2), rel=0.1)
 
 
 def test_learned_is_d_rows_whatever_the_noise_and_fewer_where_fewer_are_enough() -> None:

@@ -74,7 +74,7 @@ def test_passwords_are_not_taken_from_the_command_line_nor_shown(capfd: pytest.C
 def test_tables_of_another_version_are_refused(database: Database, place: tuple[str, str | None]) -> None:
     with database.write() as connection:
         connection.execute(update(schema.state).values(version=99))
-    with pytest.raises(ConfigurationError, match="tables of version 99, this program writes 1"):
+    with pytest.raises(ConfigurationError, match="tables of version 99, this program writes 2"):
         Database(place[0], journal=place[1])
 
 

@@ -126,7 +126,7 @@ def test_what_hides_nothing_is_refused_unless_code_allows_it() -> None:
     with pytest.raises(InsecureParametersError, match="tests only"):
         Publication.from_bytes(weak.to_bytes())
     with pytest.raises(ConfigurationError, match="unknown engine"):
-        publish([SPEC], engine="sealed")
+        publish([SPEC], engine="oracle")
 
 
 @pytest.mark.parametrize("engine", ["plain", "lattice"])

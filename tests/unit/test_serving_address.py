@@ -1,4 +1,4 @@
-"""Where a server may listen and a client may connect: this machine, until there is TLS."""
+"""Where a server may listen and a client may connect: without TLS, on this machine only."""
 
 import socket
 
@@ -10,9 +10,10 @@ from splitveil.lattice.parameters import INSECURE_TEST
 from splitveil.private.core import LayerSpec
 from splitveil.private.layer import publish
 from splitveil.private.published import digest
-from splitveil.serving import server as server_module
+from splitveil.serving import address as address_module
+from splitveil.serving.address import require_loopback, split_address
 from splitveil.serving.publishing import ServedAdapter
-from splitveil.serving.server import Server, require_loopback, split_address
+from splitveil.serving.server import Server
 from splitveil.serving.session import Session
 
 IPV6 = "::1"
@@ -63,16 +64,16 @@ def test_names_count_by_what_they_resolve_to(
     def resolving(*addresses: str) -> object:
         return lambda host, port: [(socket.AF_INET, 0, 0, "", (address, 0)) for address in addresses]
 
-    monkeypatch.setattr(server_module.socket, "getaddrinfo", resolving("127.0.0.1", "::1"))
+    monkeypatch.setattr(address_module.socket, "getaddrinfo", resolving("127.0.0.1", "::1"))
     require_loopback("here.example", "connect")
-    monkeypatch.setattr(server_module.socket, "getaddrinfo", resolving("127.0.0.1", "192.0.2.1"))
+    monkeypatch.setattr(address_module.socket, "getaddrinfo", resolving("127.0.0.1", "192.0.2.1"))
     with pytest.raises(ConfigurationError, match=r"refusing to connect \(there.example\) without TLS"):
         require_loopback("there.example", "connect")
 
     def unknown(*_: object) -> object:
         raise socket.gaierror(-2, "Name or service not known")
 
-    monkeypatch.setattr(server_module.socket, "getaddrinfo", unknown)
+    monkeypatch.setattr(address_module.socket, "getaddrinfo", unknown)
     with pytest.raises(ConfigurationError, match=r"host 'nowhere\.example' is not known"):
         Server(adapters, "nowhere.example:0")
 

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 PROGRAM = """
-import atexit, sys, threading, time
+import atexit, socket, sys, threading, time
 
 def left():
     return [t.name for t in threading.enumerate() if t is not threading.main_thread()]
@@ -23,11 +23,14 @@ from splitveil.serving.connect import connect
 from splitveil.serving.server import Server
 from test_serving_release import Small, served
 
-server = Server({"a": served()}, "127.0.0.1:0")
+server = Server({"a": served()}, "127.0.0.1:0", metrics="127.0.0.1:0")
+host, _, port = server.metrics_address.rpartition(":")
+silent = socket.create_connection((host, int(port)))
 model = connect(Small().eval(), server.address, "a", pool_bytes=256 << 20)
 model(torch.ones(1, 16))
 model(torch.ones(1, 16))
-print("busy:", "splitveil-masks" in left(), "splitveil-answers" in left(), "splitveil-session" in left(), flush=True)
+print("busy:", "splitveil-masks" in left(), "splitveil-answers" in left(), "splitveil-session" in left(),
+      "splitveil-metrics" in left(), flush=True)
 sys.exit(ENDING)
 """
 
@@ -40,7 +43,7 @@ def test_a_program_that_ends_while_connected_leaves_no_thread_behind() -> None:
         timeout=120,
         cwd=Path(__file__).parent,
     )
-    assert done.stdout == "busy: True True True\nleft: []\n", done.stdout + done.stderr
+    assert done.stdout == "busy: True True True True\nleft: []\n", done.stdout + done.stderr
     assert done.returncode == 0
     assert done.stderr == ""
 

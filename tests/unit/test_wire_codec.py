@@ -17,6 +17,7 @@ hellos = st.builds(
 queries = st.builds(
     codec.Query, U64, st.lists(U32, max_size=64).map(tuple), st.integers(0, codec.MAX_ROWS), st.binary(max_size=99)
 )
+keys = st.builds(codec.KeyChunk, st.integers(0, codec.MAX_KEYS - 99), st.binary(min_size=1, max_size=99))
 welcomes = st.builds(
     codec.Welcome,
     U32,
@@ -29,7 +30,7 @@ answers = st.builds(codec.Answer, U64, st.binary(max_size=99))
 printable = TEXT.filter(lambda t: t.isprintable() and len(t) <= codec.MAX_TEXT)
 refusals = st.builds(codec.Refusal, U64, st.booleans(), printable)
 
-client_messages = st.one_of(hellos, queries)
+client_messages = st.one_of(hellos, keys, queries)
 server_messages = st.one_of(welcomes, chunks, answers, refusals)
 many = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -56,6 +57,9 @@ def read_both(data: bytes) -> None:
         match message:
             case codec.Hello():
                 assert max(len(message.adapter), len(message.key)) <= codec.MAX_TEXT
+            case codec.KeyChunk():
+                assert 0 < len(message.data) <= codec.CHUNK
+                assert message.offset + len(message.data) <= codec.MAX_KEYS
             case codec.Query():
                 assert message.rows <= codec.MAX_ROWS
                 assert len(message.layers) <= codec.MAX_LAYERS_IN_QUERY
@@ -105,6 +109,7 @@ def test_limits_are_inclusive() -> None:
         (codec.Hello(1, "n" * 128, b""), codec.Hello(1, "n" * 129, b"")),
         (codec.Hello(1, "", bytes(32)), codec.Hello(1, "", bytes(33))),
         (codec.Hello(1, "", b"", "k" * 512), codec.Hello(1, "", b"", "k" * 513)),
+        (codec.KeyChunk(codec.MAX_KEYS - 1, b"k"), codec.KeyChunk(codec.MAX_KEYS, b"k")),
         (codec.Query(1, (0,), 1024, b""), codec.Query(1, (0,), 1025, b"")),
         (codec.Query(1, (0,) * 64, 1, b""), codec.Query(1, (0,) * 65, 1, b"")),
     ):
@@ -147,3 +152,15 @@ def test_a_refusal_for_a_reason_of_the_future_is_no_matter_of_budget() -> None:
 def test_nothing_secret_in_a_repr() -> None:
     for message in (codec.Hello(1, "a", b"", "sesame"), codec.Query(1, (0,), 1, b"sesame"), codec.Answer(1, b"sesame")):
         assert "sesame" not in repr(message)
+
+
+def test_keys_are_sent_in_full_chunks() -> None:
+    whole = bytes(range(256)) * 5000
+    sent = [codec.decode_client(codec.encode_client(chunk)) for chunk in codec.key_chunks(whole)]
+    assert [(chunk.offset, len(chunk.data)) for chunk in sent] == [(0, codec.CHUNK), (codec.CHUNK, 231_424)]
+    assert b"".join(chunk.data for chunk in sent) == whole
+    assert not list(codec.key_chunks(b""))
+    for size in (0, codec.CHUNK + 1):
+        raw = pb.ClientMessage(keys=pb.KeyChunk(data=bytes(size))).SerializeToString()
+        with pytest.raises(ProtocolError, match="chunk of keys"):
+            codec.decode_client(raw)

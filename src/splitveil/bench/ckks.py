@@ -10,13 +10,14 @@ CRYPTO 2014; short and wide matrices: GAZELLE, USENIX Security 2018), summed in 
 then leaves ``(Ax)[i mod r]`` in slot i, and r diagonals of B follow, outputs past N/2 in the imaginary parts.
 """
 
-import importlib
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from splitveil.errors import ConfigurationError, NonFiniteError
+from splitveil.private.ckks_layout import baby_steps, power_of_two, stepped
+from splitveil.private.ckks_library import seal_module
 
 DEGREE = 8192
 SLOTS = DEGREE // 2
@@ -30,19 +31,10 @@ HEADROOM = 2.0**8
 def available() -> bool:
     """Whether seal-python can be imported."""
     try:
-        _seal()
+        seal_module()
     except ConfigurationError:
         return False
     return True
-
-
-def _seal() -> Any:
-    try:
-        return importlib.import_module("seal")
-    except ImportError as error:
-        raise ConfigurationError(
-            f"the CKKS peer needs seal-python ({error}): pip install 'splitveil[bench]'"
-        ) from error
 
 
 class CkksLayer:
@@ -71,11 +63,11 @@ class CkksLayer:
         for name, got, most in (("d_in", self.d_in, SLOTS), ("d_out", self.d_out, 2 * SLOTS), ("rank", rank, RANKS)):
             if got > most:
                 raise ConfigurationError(f"the CKKS peer's layout holds {name} up to {most}, got {got}")
-        self._k = _power_of_two(rank)
-        self._period = max(self._k, _power_of_two(self.d_in))
-        self._babies = 1 << (self._k.bit_length() // 2)
+        self._k = power_of_two(rank)
+        self._period = max(self._k, power_of_two(self.d_in))
+        self._babies = baby_steps(self._k)
 
-        self._seal = seal = _seal()
+        self._seal = seal = seal_module()
         parameters = seal.EncryptionParameters(seal.scheme_type.ckks)
         parameters.set_poly_modulus_degree(DEGREE)
         parameters.set_coeff_modulus(seal.CoeffModulus.Create(DEGREE, list(MODULI)))
@@ -150,19 +142,15 @@ class CkksLayer:
 
     def _diagonals(self, matrix: NDArray[Any], level: int) -> list[list[tuple[int, Any]]]:
         """``[giant step][(baby step, plaintext)]`` of a matrix whose rows and columns repeat through the slots."""
-        slot = np.arange(SLOTS)
-        groups = []
-        for giant in range(0, self._k, self._babies):
-            group = []
-            for baby in range(self._babies):
-                diagonal = matrix[slot % matrix.shape[0], (slot + giant + baby) % matrix.shape[1]]
-                plain = self._encoder.encode_complex(np.roll(diagonal, giant).astype(np.complex128), SCALE)
-                for _ in range(level):
-                    self._evaluator.mod_switch_to_next_inplace(plain)
-                if not plain.is_zero():  # SEAL refuses products with zero
-                    group.append((baby, plain))
-            groups.append(group)
-        return groups
+        groups: dict[int, list[tuple[int, Any]]] = {}
+        for giant, baby, diagonal in stepped(matrix, SLOTS, self._k):
+            plain = self._encoder.encode_complex(diagonal.astype(np.complex128), SCALE)
+            for _ in range(level):
+                self._evaluator.mod_switch_to_next_inplace(plain)
+            group = groups.setdefault(giant, [])
+            if not plain.is_zero():  # SEAL refuses products with zero
+                group.append((baby, plain))
+        return list(groups.values())
 
     def _product(self, vector: Any, groups: list[list[tuple[int, Any]]]) -> Any:
         """Sum of diagonals times rotated vectors, rescaled; giant steps come after rescaling, which is cheaper."""
@@ -190,7 +178,3 @@ def _weights(name: str, values: ArrayLike) -> NDArray[np.float64]:
     if not array.any():
         raise ConfigurationError(f"{name} is zero: there is nothing to evaluate")
     return array
-
-
-def _power_of_two(least: int) -> int:
-    return 1 << (least - 1).bit_length()

@@ -65,7 +65,7 @@ class LayerBench:
 
     def query(self, mask: Mask) -> tuple[bytes, Pending]:
         """The client, online: tensor to message."""
-        rows = self.x.to(device="cpu", dtype=torch.float32, copy=True).numpy()
+        rows = self.x.detach().numpy().copy()
         data, pending = self.site.query(rows, [mask])
         return codec.encode_client(codec.Query(1, (0,), 1, data)), pending
 

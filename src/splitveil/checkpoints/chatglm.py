@@ -98,8 +98,7 @@ class Shape:
 def convert_model(source: Path, target: Path, progress: Progress | None = None) -> None:
     """Writes the checkpoint in ``source`` (original names) to the new folder ``target`` (``GlmForCausalLM``).
 
-    Weights are copied as they are, in their dtype, one file of ``source`` at a time. Both ``.safetensors`` and
-    PyTorch's ``.bin`` files are read, the latter without running what they contain. ``progress(done, files)``.
+    Weights are copied as they are, in their dtype, one file of ``source`` at a time. ``progress(done, files)``.
 
     Raises ``BaseModelError`` for what is no such checkpoint, or another architecture, or incomplete;
     ``ConfigurationError`` if ``target`` exists and is not empty.
@@ -278,24 +277,24 @@ def _expected_names(shape: Shape) -> set[str]:
 
 
 def _files(folder: Path) -> list[Path]:
-    for pattern in ("*.safetensors", "*.bin"):
-        files = sorted(folder.glob(pattern))
-        if files:
-            return files
-    raise BaseModelError(f"{folder} holds no weights (*.safetensors or *.bin); download all of its files")
+    files = sorted(folder.glob("*.safetensors"))
+    if files:
+        return files
+    if any(folder.glob("*.bin")):
+        raise BaseModelError(
+            f"{folder} holds PyTorch .bin files, which are pickles and can run what they contain; they are not read. "
+            "Download the .safetensors files of the model, or convert it to them where it came from"
+        )
+    raise BaseModelError(f"{folder} holds no weights (*.safetensors); download all of its files")
 
 
 def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors of one file."""
     try:
-        if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 - not a mapping
-                    yield name, opened.get_tensor(name)
-        else:
-            # weights_only: tensors and nothing that would run.
-            yield from torch.load(file, map_location="cpu", weights_only=True, mmap=True).items()
-    except (OSError, RuntimeError, SafetensorError, ValueError) as error:
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 - not a mapping
+                yield name, opened.get_tensor(name)
+    except (OSError, SafetensorError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BaseModelError(f"{file} cannot be read as weights: {first}") from None
 

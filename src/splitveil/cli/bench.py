@@ -22,7 +22,7 @@ def bench(names: tuple[str, ...], as_json: bool, dtypes: tuple[str, ...], rounds
     layer      one private LoRA layer of several shapes: microseconds, bytes, error; warm in blocks of
                one step, cold with the steps in turn
     transport  one round trip over a socket to a server process
-    ckks       the same layer beside SEAL's CKKS (pip install 'splitveil[bench]')
+    ckks       the same layer by the sealed engine, and by SEAL's CKKS unprotected (pip install 'splitveil[sealed]')
     decode     whole tokens of a model of Qwen2-0.5B's shape, beside plaintext PEFT (10 minutes, 7 GB)
 
     Medians of alternating runs; the machine should be otherwise idle. Tables are Markdown.

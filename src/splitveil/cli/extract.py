@@ -77,18 +77,20 @@ def extract(
 
     \b
     splitveil extract --base embedded:base --adapter embedded:clinic --data held-out.jsonl --out extraction
-    splitveil extract --base DIR --adapter DIR --data FILE --calibrate --out extraction
+    splitveil extract --base DIR --adapter DIR --data FILE --calibrate
     splitveil extract --hardness
 
     Half of the text's windows are the attacker's, the other half judge. DIR gets rows.jsonl, one object a measurement,
-    and report.html; the same command goes on where an interrupted one was.
+    and report.html; the same command goes on where an interrupted one was. --calibrate writes no file.
     """
     if hardness:
         _hardness()
         if base is None and adapter is None:
             return
-    if base is None or adapter is None or out is None:
-        raise ConfigurationError("--base, --adapter and --out are needed to attack an adapter (--hardness needs none)")
+    if base is None or adapter is None or (out is None and not calibrate):
+        raise ConfigurationError(
+            "--base, --adapter and --out are needed to attack an adapter (--calibrate needs no --out, --hardness none)"
+        )
     if calibrate and data is None:
         raise ConfigurationError("--calibrate measures perplexity on held-out text; give --data")
     from splitveil.adapters import load_adapter
@@ -102,27 +104,26 @@ def extract(
     if data is not None:
         texts = [one.text for one in read_texts(data, column)]
         text = Text.of(tokenizer, texts, tokens=tokens, length=length)
-    with _status() as watch:
-        if calibrate:
-            from splitveil.extraction.calibrate import calibrate as measure
-
-            if text is None:
-                raise ConfigurationError("--calibrate measures perplexity on held-out text; give --data")
-            found = measure(model, loaded, text, fraction=fraction, watch=watch)
-        else:
-            subject = Subject(model, loaded, text, resolve(adapter).name, _digest(model, loaded.digest, text))
-            chosen = tuple(ATTACKS) if attacks is None else tuple(attacks.split(","))
-            measured = run(
-                subject, rows=rows or default_rows(loaded), noises=noises, out=out, attacks=chosen, watch=watch
-            )
     if calibrate:
-        _dials(found)
-    else:
-        from splitveil.extraction.page import write_page
+        from splitveil.extraction.calibrate import calibrate as measure
 
-        page = write_page(measured, out, shlex.join(["splitveil", *sys.argv[1:]]))
-        _table(measured)
-        click.echo(f"rows    {out / 'rows.jsonl'}\nreport  {page}")
+        if text is None:
+            raise ConfigurationError("--calibrate measures perplexity on held-out text; give --data")
+        with _status() as watch:
+            found = measure(model, loaded, text, fraction=fraction, watch=watch)
+        _dials(found)
+        return
+    if out is None:
+        raise ConfigurationError("--out is needed: a folder for the rows and the report")
+    from splitveil.extraction.page import write_page
+
+    subject = Subject(model, loaded, text, resolve(adapter).name, _digest(model, loaded.digest, text))
+    chosen = tuple(ATTACKS) if attacks is None else tuple(attacks.split(","))
+    with _status() as watch:
+        measured = run(subject, rows=rows or default_rows(loaded), noises=noises, out=out, attacks=chosen, watch=watch)
+    page = write_page(measured, out, shlex.join(["splitveil", *sys.argv[1:]]))
+    _table(measured)
+    click.echo(f"rows    {out / 'rows.jsonl'}\nreport  {page}")
 
 
 def _digest(model: Any, adapter: str, text: Any) -> str:
@@ -211,9 +212,7 @@ def _dials(found: Any) -> None:
             f"{100 * dial.noise:.3g} %",
             f"{dial.perplexity.value:.2f}",
             f"{100 * dial.lost:.2f} %",
-            f"{dial.rows[0]:,}",
-            f"{dial.rows[1]:,}",
-            "more" if dial.rows[2] is None else f"{dial.rows[2]:,}",
+            *("not found" if rows is None else f"{rows:,}" for rows in dial.rows),
         )
         for dial in found.dials
     ]

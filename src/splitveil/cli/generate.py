@@ -11,6 +11,8 @@ import click
 
 from splitveil.cli.keys import read_key
 from splitveil.cli.models import DTYPES, load_base
+from splitveil.cli.tls import client_options as tls_options
+from splitveil.cli.tls import client_tls
 from splitveil.errors import ConfigurationError, SplitveilError
 
 _OPTIONS = [
@@ -23,6 +25,7 @@ _OPTIONS = [
         metavar="FILE",
         help="Holds the API key, where the vendor asks for one; without it, $SPLITVEIL_API_KEY.",
     ),
+    *tls_options,
     click.option("--max-new-tokens", default=128, show_default=True, type=click.IntRange(1)),
     click.option(
         "--fixed-length",
@@ -106,6 +109,7 @@ def _connected(where: dict[str, Any]) -> tuple[Any, Any]:
     from splitveil.serving.connect import connect
 
     key = read_key(where["key_file"])
+    tls = client_tls(where)
     model, tokenizer = load_base(where["base"], dtype=where["dtype"], device=where["device"])
     columns = TextColumn("downloading the publication"), BarColumn(), DownloadColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
@@ -115,6 +119,8 @@ def _connected(where: dict[str, Any]) -> tuple[Any, Any]:
             where["server"],
             where["adapter"],
             api_key=key,
+            tls=tls,
+            allow_plaintext=where["allow_plaintext"],
             fixed_length=where["fixed_length"],
             progress=lambda done, total: bar.update(task, completed=done, total=total, visible=True),
         )

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import click
 
+from splitveil.cli.standings import as_json as standings_as_json
+from splitveil.cli.standings import by_name, clients, print_clients
 from splitveil.errors import ConfigurationError
 from splitveil.metering import Account, Database, Key, Keyring, accounts, is_key, locate
 
@@ -65,20 +67,23 @@ def create(name: str, adapters: tuple[str, ...], expires: float | None, ledger: 
 def list_keys(as_json: bool, ledger: str | None) -> None:
     """List all keys and what their clients were answered; never the keys themselves.
 
-    Rows are counted for every layer, a lease ahead of the answers; shown is the layer with most. Learned is how many
-    layers were asked for as many rows as they are wide, and must be considered known to the client.
+    Rows are counted for every layer, a lease ahead of the answers; shown are the layer with most, and how many rows
+    are left where fewest are. Beside them stands what the best attack that is known makes of so many rows, at the
+    layer of which it knows most: a relative error of the weights, which is no bound. Learned is how many layers were
+    asked for as many rows as they have inputs, or give an error of 10 % or less: consider them known to the client.
     """
     with Database(locate(ledger)) as database:
         found = Keyring(database).records()
-        ledgered = accounts(database)
+        answered = clients(database)
     if as_json:
+        own = by_name(answered)
         for key in found:
-            own = [account for account in ledgered if account.identity == key.name]
-            learned = sum(account.learned for account in own)
-            numbers = {"rows_spent": _most_rows(own), "layers_asked": len(own), "layers_learned": learned}
-            click.echo(json.dumps({**asdict(key), **numbers}))
+            click.echo(json.dumps({**asdict(key), **standings_as_json(own.get(key.name, []))}))
         return
-    _table(found, ledgered)
+    _table(found)
+    if answered:
+        click.echo()
+        print_clients(answered)
 
 
 @keys.command()
@@ -119,7 +124,7 @@ def read_key(file: Path | None) -> str | None:
     return text.strip()
 
 
-def _table(found: Iterable[Key], ledgered: list[Account]) -> None:
+def _table(found: Iterable[Key]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -128,10 +133,7 @@ def _table(found: Iterable[Key], ledgered: list[Account]) -> None:
         table.add_column(heading, overflow="fold")
     for heading in ("id", "created", "expires", "revoked"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("rows", "learned"):
-        table.add_column(heading, justify="right")
     for key in found:
-        own = [account for account in ledgered if account.identity == key.name]
         table.add_row(
             key.name,
             "all" if key.adapters is None else ", ".join(key.adapters),
@@ -139,8 +141,6 @@ def _table(found: Iterable[Key], ledgered: list[Account]) -> None:
             _date(key.created),
             _date(key.expires),
             _date(key.revoked) if key.revoked is not None else "no",
-            f"{_most_rows(own):,}",
-            f"{sum(account.learned for account in own)} of {len(own)}",
         )
     Console().print(table)
 

@@ -11,9 +11,11 @@ from splitveil.extraction.target import Target, publish_target
 from splitveil.extraction.through import served
 from splitveil.extraction.worth import Perplexity, Text, perplexity
 from splitveil.private.leakage import Channel, peak_ratio, rows_until
+from splitveil.private.published import MAX_NOISE
 
 GRID = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)
 _STEPS = 4  # bisections, each halving the proposal's uncertainty on a logarithmic scale
+_FARTHER = 3.0  # factor by which the grid is prolonged where its loudest noise is still within the fraction
 
 
 @dataclass(frozen=True)
@@ -24,9 +26,14 @@ class Dial:
     perplexity: Perplexity
     lost: float
     """Share of the adapter's gain in perplexity that the noise costs."""
-    rows: tuple[int, int, int | None]
+    rows: tuple[int | None, int | None, int | None]
     """Rows after which the best known attack is expected within 10 %, within 1 %, and exact, at the layer learned
-    first; None where exactness is beyond what is searched."""
+    first; None where that is beyond what is searched."""
+
+    def shown(self, place: int) -> str:
+        """One of ``rows`` in words."""
+        rows = self.rows[place]
+        return "an unknown number" if rows is None else f"{rows:,}"
 
 
 @dataclass(frozen=True)
@@ -38,17 +45,26 @@ class Calibration:
     """By noise."""
     fraction: float
     proposal: Dial
-    """The largest noise found that costs at most ``fraction`` of the gain."""
+    """The largest noise found that costs at most ``fraction`` of the gain, as does every smaller noise measured."""
+
+    @property
+    def beyond(self) -> Dial | None:
+        """The next louder noise measured, which costs more than ``fraction``; None if the proposal is the loudest."""
+        return next((one for one in self.dials if one.noise > self.proposal.noise), None)
 
     def sentence(self) -> str:
         """The proposal, and in the same breath how little it buys."""
-        found, quiet = self.proposal, self.dials[0]
-        exact = "more" if found.rows[2] is None else f"{found.rows[2]:,}"
+        found, quiet, beyond = self.proposal, self.dials[0], self.beyond
+        more = (
+            "it is the loudest that can be set"
+            if beyond is None
+            else f"the next louder noise measured, {beyond.noise:.3g}, costs {100 * beyond.lost:.1f} %"
+        )
         return (
-            f"Noise {found.noise:.3g} costs {100 * found.lost:.1f} % of the adapter's gain (limit "
-            f"{100 * self.fraction:.3g} %). It buys: the best known attack needs {found.rows[0]:,} rows for an error "
-            f"of 10 %, {found.rows[1]:,} for 1 % and {exact} for the exact weights, where without noise it needs "
-            f"{quiet.rows[0]:,}, {quiet.rows[1]:,} and {quiet.rows[2]:,}. A row is a token."
+            f"Proposed: --noise {found.noise:.3g}. It costs {100 * found.lost:.1f} % of the adapter's gain (allowed: "
+            f"{100 * self.fraction:.3g} %); {more}. It buys little: the best known attack needs {found.shown(0)} rows "
+            f"for an error of 10 %, {found.shown(1)} for 1 % and {found.shown(2)} for the exact weights, where without "
+            f"noise it needs {quiet.shown(0)}, {quiet.shown(1)} and {quiet.shown(2)}. A row is a token of one client."
         )
 
 
@@ -88,6 +104,9 @@ def calibrate(
 
     dials = [dial(0.0, quiet, best)]
     dials += [dial(noise, *measure(noise)) for noise in sorted(set(grid) - {0.0})]
+    while all(one.lost <= fraction for one in dials) and dials[-1].noise < MAX_NOISE:
+        louder = min(MAX_NOISE, max(dials[-1].noise * _FARTHER, GRID[1]))
+        dials.append(dial(louder, *measure(louder)))
     for _ in range(_STEPS):
         dials.sort(key=lambda one: one.noise)
         last = max(i for i, one in enumerate(dials) if all(d.lost <= fraction for d in dials[: i + 1]))
@@ -101,17 +120,20 @@ def calibrate(
     return Calibration(base, tuple(dials), fraction, within[-1])
 
 
-def rows_needed(target: Target) -> tuple[int, int, int | None]:
+def rows_needed(target: Target) -> tuple[int | None, int | None, int | None]:
     """Rows for 10 %, 1 % and exact, of the layer that the best known attack learns first."""
-    found = []
-    for channel in {channel_of(target, index) for index in range(len(target.publication.layers))}:
-        try:
-            exact: int | None = rows_until(channel, 0.0)
-        except OverflowError:
-            exact = None
-        found.append((rows_until(channel, 0.1), rows_until(channel, 0.01), exact))
-    exacts = [one[2] for one in found if one[2] is not None]
-    return min(one[0] for one in found), min(one[1] for one in found), min(exacts) if exacts else None
+    channels = {channel_of(target, index) for index in range(len(target.publication.layers))}
+
+    def fewest(error: float) -> int | None:
+        found = []
+        for channel in channels:
+            try:
+                found.append(rows_until(channel, error))
+            except OverflowError:  # no searched scheme gets there at this layer
+                continue
+        return min(found, default=None)
+
+    return fewest(0.1), fewest(0.01), fewest(0.0)
 
 
 def channel_of(target: Target, layer: int) -> Channel:

@@ -7,7 +7,7 @@ small: LWE with the secret (C_j, P_j) and the error f_j. Kannan's embedding make
 dimension N + d + n_pad + 1, which LLL finds if that is small enough. A publication under a real parameter set has 2048
 equations and more than 1024 unknowns: no reduction that anybody can run gets there (``hardness``).
 
-LLL is FLINT's, by python-flint (MIT), which has wheels for Linux, macOS and Windows and which the tests need anyway.
+LLL is FLINT's, by python-flint (MIT), which has wheels for Linux, macOS and Windows; the extra ``extract``.
 """
 
 import importlib
@@ -176,5 +176,5 @@ def _reduced(rows: list[list[int]]) -> list[list[int]]:
     try:
         flint: Any = importlib.import_module("flint")
     except ImportError:
-        raise ConfigurationError("lattice reduction needs FLINT: pip install python-flint") from None
+        raise ConfigurationError("lattice reduction needs FLINT: pip install 'splitveil[extract]'") from None
     return [[int(value) for value in row] for row in flint.fmpz_mat(rows).lll().tolist()]

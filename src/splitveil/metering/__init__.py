@@ -3,13 +3,14 @@
 Knows nothing of what it counts: which attack makes what of so many rows is a function that the caller hands in.
 """
 
-from splitveil.metering.accounts import Account, Leakage, Site, Standing, accounts, standing
+from splitveil.metering.accounts import LEARNED, Account, Leakage, Site, Standing, accounts, limits, standing
 from splitveil.metering.keys import Admission, Key, Keyring, is_key
 from splitveil.metering.ledger import LedgerGate
 from splitveil.metering.storage.database import Database
 from splitveil.metering.storage.location import default_location, locate
 
 __all__ = [
+    "LEARNED",
     "Account",
     "Admission",
     "Database",
@@ -22,6 +23,7 @@ __all__ = [
     "accounts",
     "default_location",
     "is_key",
+    "limits",
     "locate",
     "standing",
 ]

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from splitveil.errors import ConfigurationError
 from splitveil.metering.storage.database import Database
 from splitveil.metering.storage.leases import Leases
+from splitveil.metering.storage.sites import facts_of_accounts, in_force
+
+LEARNED = 0.1
+"""A relative error of the private weights at which a clone does the original's job."""
 
 
 @dataclass(frozen=True)
@@ -14,13 +18,15 @@ class Site:
     """A place where rows are answered: one private layer.
 
     ``width`` is its number of inputs d, ``noise`` the answer noise as a fraction of a typical answer, ``limit`` the
-    most rows that one identity is ever answered there (None: counted and not limited).
+    most rows that one identity is ever answered there (None: counted and not limited). ``facts`` is what else the
+    leakage function needs to know of the layer: text that is kept here and not read, empty where there is none.
     Raises ``ConfigurationError`` for values outside their range.
     """
 
     width: int
     noise: float
     limit: int | None
+    facts: str = ""
 
     def __post_init__(self) -> None:
         if self.width < 1:
@@ -36,7 +42,8 @@ class Account:
     """Rows spent by an identity at a site of an adapter: answered, forfeited by crashes, or leased by a server.
 
     ``width`` and ``noise`` are the least that were ever in force there, as if all rows had been answered under them:
-    what a client learned while the noise was low is not unlearned when it is raised.
+    what a client learned while the noise was low is not unlearned when it is raised. ``facts`` are all that rows were
+    leased under, for the leakage function; none for rows that an earlier version counted.
     """
 
     identity: str
@@ -45,6 +52,7 @@ class Account:
     rows: int
     width: int
     noise: float
+    facts: tuple[str, ...] = ()
 
     @property
     def learned(self) -> bool:
@@ -65,7 +73,14 @@ class Standing:
 
     account: Account
     known_attack_error: float
+    """Of the best attack that is known, never a bound; NaN where it is not known."""
     remaining: int | None
+    """Rows; None where there is no limit."""
+
+    @property
+    def learned(self) -> bool:
+        """As many rows as the layer has inputs, or fewer from which the best known attack makes a clone."""
+        return self.account.learned or self.known_attack_error <= LEARNED
 
 
 def accounts(database: Database) -> list[Account]:
@@ -73,10 +88,20 @@ def accounts(database: Database) -> list[Account]:
 
     Raises ``RefusedError`` if the database fails.
     """
+    facts = facts_of_accounts(database)
     return [
-        Account(row.identity, row.adapter, row.site, row.spent, row.width, row.noise)
+        Account(*name, row.spent, row.width, row.noise, facts.get(name, ()))
         for row in Leases(database).totals()
+        for name in [(row.identity, row.adapter, row.site)]
     ]
+
+
+def limits(database: Database) -> dict[tuple[str, str], int | None]:
+    """(adapter, site) → the limit that the server which declared it last has in force, None for no limit.
+
+    Sites that were last served by an earlier version are missing. Raises ``RefusedError`` if the database fails.
+    """
+    return {place: facts.limit for place, facts in in_force(database).items()}
 
 
 def standing(account: Account, leakage: Leakage, limit: int | None) -> Standing:

@@ -10,6 +10,7 @@ from splitveil.metering.clock import Clock
 from splitveil.metering.forking import watch
 from splitveil.metering.storage.database import Database
 from splitveil.metering.storage.leases import Claim, Grant, Leases, Name
+from splitveil.metering.storage.sites import Declared, declare
 
 LEASE_ROWS = 256
 """Rows of a lease, at most: one answer in so many waits for the disk, and so many does a crash cost a site."""
@@ -32,6 +33,7 @@ class LedgerGate:
         self._leases = Leases(database)
         self._clock = clock or Clock(database)
         self._sites: dict[tuple[str, str], Site] = {}
+        self._declared: dict[tuple[str, str], int] = {}
         self._balances: dict[Name, int] = {}
         self._spent: dict[Name, int] = {}
         self._used: dict[tuple[str, str], set[str]] = {}
@@ -43,9 +45,15 @@ class LedgerGate:
         """What ``adapter`` consists of, in place of what was declared for it before.
 
         Accounts carry on: a layer of the same name is the same site, whatever its weights are now. What is left of
-        leases under another width, noise or limit is forfeited: they were written down as something else.
+        leases under another declaration is forfeited: they were written down as something else. Raises ``RefusedError``
+        if the database fails; then nothing has changed.
         """
+        kept = {site: Declared(facts.width, facts.noise, facts.limit, facts.facts) for site, facts in sites.items()}
+        numbers = declare(self._leases.database, adapter, kept, self._clock.glance())
         with self._lock:
+            for place in [place for place in self._declared if place[0] == adapter]:
+                del self._declared[place]
+            self._declared |= {(adapter, site): number for site, number in numbers.items()}
             before = {site: self._sites.pop((owner, site)) for owner, site in list(self._sites) if owner == adapter}
             self._sites |= {(adapter, site): facts for site, facts in sites.items()}
             changed = {site for site, facts in before.items() if sites.get(site) != facts}
@@ -112,7 +120,10 @@ class LedgerGate:
                 # limit never reaches the database.
                 _refuse_past(name, facts[name], self._spent.get(name, 0), rows, held[name])
             short = {name: rows - held[name] for name, rows in wanted.items() if rows > held[name]}
-            claims = [_claim(name, facts[name], rows) for name, rows in short.items()] + self._top_ups(wanted)
+            claims = [
+                self._claim(name, facts[name], rows, max(rows, _lease_rows(facts[name])))
+                for name, rows in short.items()
+            ] + self._top_ups(wanted)
             for name, rows in held.items():
                 self._change(name, -rows)
         allowed = False
@@ -146,7 +157,7 @@ class LedgerGate:
                 continue
             size = _lease_rows(facts)
             if 2 * self._balances.get(name, 0) < size and (facts.limit is None or self._spent[name] < facts.limit):
-                claims.append(Claim(name, 0, size, facts.limit, facts.width, facts.noise))
+                claims.append(self._claim(name, facts, 0, size))
         return claims
 
     def _settle(self, claims: Sequence[Claim], grants: Sequence[Grant]) -> None:
@@ -154,9 +165,13 @@ class LedgerGate:
         for claim, grant in zip(claims, grants, strict=True) if grants else ():
             name = claim.name
             self._spent[name] = max(grant.spent, self._spent.get(name, 0))
-            if grant.rows and self._sites.get(name[1:]) == Site(claim.width, claim.noise, claim.limit):
+            if grant.rows and self._declared.get(name[1:]) == claim.declared:
                 self._change(name, grant.rows - claim.needed)
                 self._used.setdefault(name[:2], set()).add(name[2])
+
+    def _claim(self, name: Name, site: Site, needed: int, wanted: int) -> Claim:
+        """A claim as the site was declared. The lock is held."""
+        return Claim(name, needed, wanted, site.limit, site.width, site.noise, self._declared[name[1:]])
 
     def _change(self, name: Name, rows: int) -> None:
         """Changes a balance. The lock is held."""
@@ -179,10 +194,6 @@ class LedgerGate:
 def _lease_rows(site: Site) -> int:
     rows = min(LEASE_ROWS, site.width // LEASES_A_WIDTH)
     return max(1, rows if site.limit is None else min(rows, site.limit // LEASES_A_LIMIT))
-
-
-def _claim(name: Name, site: Site, needed: int) -> Claim:
-    return Claim(name, needed, max(needed, _lease_rows(site)), site.limit, site.width, site.noise)
 
 
 def _refuse_past(name: Name, site: Site, spent: int, asked: int, held: int) -> None:

@@ -1,6 +1,6 @@
 """What an engine is: two halves of a set of private layers, and the client's view of one site.
 
-An *engine* (the lattice one; the plain one for tests; others later) makes a served half, which stays with the vendor,
+An *engine* (lattice; sealed, which is CKKS; plain, for tests) makes a served half, which stays with the vendor,
 and a public half, which every client may have. A *site* is a group of layers that read the same tensor: one query
 serves them all.
 """
@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from splitveil.private.published import Publication
 
 
-@dataclass(frozen=True)
+# Not frozen: one is made for every query, and a frozen one takes three times as long to make.
+@dataclass(slots=True, eq=False)
 class Pending:
     """What a client must keep between a query and its answer: secret, one-time, never on the wire."""
 
@@ -35,6 +36,13 @@ class Mask(Protocol):
     def size(self) -> int:
         """Bytes that it occupies."""
         ...
+
+
+@dataclass(frozen=True)
+class NoMask:
+    """For an engine that prepares nothing ahead of time."""
+
+    size: int = 0
 
 
 class Site(Protocol):
@@ -96,12 +104,29 @@ class ServedHalf(Protocol):
         ...
 
 
+class KeyedHalf(Protocol):
+    """A served half that answers under keys which each client uploads once a session."""
+
+    @property
+    def key_size(self) -> int:
+        """Bytes of a client's keys."""
+        ...
+
+    def opened(self, keys: bytes) -> ServedHalf:
+        """The half as it answers the client whose keys these are. Raises ``ProtocolError`` for keys that are none."""
+        ...
+
+
 class PublicHalf(Protocol):
     """The half that every client may have."""
 
     @property
     def publication(self) -> Publication:
         """What was published."""
+        ...
+
+    def keys(self) -> bytes:
+        """What a session uploads before its first query; empty for an engine that needs nothing."""
         ...
 
     def site(self, layers: Sequence[int]) -> Site:

@@ -33,6 +33,10 @@ class LatticePublic:
             raise ValueError(f"layers of one site read inputs of one width, got {sorted(widths)}")
         return LatticeSite(self.publication, layers, self._public(widths.pop()))
 
+    def keys(self) -> bytes:
+        """None: every query has a secret of its own."""
+        return b""
+
     def _public(self, width: int) -> list[FixedElement]:
         """a_0 … a_{K−1} and a_pad for inputs of that width."""
         if width not in self._elements:
@@ -104,6 +108,7 @@ class LatticeSite:
         factors = np.empty(rows)
         corrections = np.empty((rows, self.answer_size // 4), dtype=np.uint32)
         square = np.empty(2, dtype=np.uint64)
+        finite = True
         for i, mask in enumerate(masks):
             if not isinstance(mask, OneTimeMask):
                 raise TypeError(f"a one-time mask is needed, got {type(mask).__name__}")
@@ -112,11 +117,13 @@ class LatticeSite:
             if len(content) != out.shape[1] or len(correction) != corrections.shape[1]:
                 raise ValueError("a one-time mask of another site was given")
             corrections[i] = correction
-            factors[i] = encode_row(x[i], content, out[i], self._size, square)
-            total = (int(square[0]) << 32) + int(square[1])
+            factor = encode_row(x[i], content, out[i], self._size, square)
+            factors[i] = factor
+            finite &= factor == factor  # NaN is not
+            high, low = square.tolist()
+            total = (high << 32) + low
             if total > self._largest:
                 raise ArithmeticError("a query exceeds the no-wrap bound; nothing was sent")
-        finite = not bool(np.isnan(factors).any())
         return out.astype("<u4", copy=False).tobytes(), Pending(rows, factors, corrections, finite)
 
     def recover(self, pending: Pending, answer: bytes) -> list[NDArray[np.float32]]:
@@ -130,7 +137,8 @@ class LatticeSite:
             words = np.frombuffer(answer, dtype="<u4", count=pending.rows * rank, offset=4 * pending.rows * first)
             core = np.empty((pending.rows, rank), dtype=np.float32)
             part = slice(first, first + rank)
-            corrections = np.ascontiguousarray(pending.corrections[:, part])
+            # One row's part is contiguous as it is.
+            corrections = pending.corrections[:, part] if pending.rows == 1 else pending.corrections[:, part].copy()
             unmask(words.reshape(pending.rows, rank), corrections, pending.factors, self._units[part], core)
             out.append(core)
             first += rank

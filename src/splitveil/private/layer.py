@@ -9,11 +9,12 @@ from numpy.typing import NDArray
 
 from splitveil.errors import ConfigurationError
 from splitveil.lattice.parameters import DEFAULT, ParameterSet
-from splitveil.private import lattice_served, plain
+from splitveil.private import ckks, lattice_served, plain
+from splitveil.private.ckks_public import SealedPublic, sealed_row_size
 from splitveil.private.core import LayerSpec
 from splitveil.private.engine import PublicHalf, ServedHalf, Site
 from splitveil.private.lattice_public import LatticePublic
-from splitveil.private.published import Publication
+from splitveil.private.published import ENGINE_SEALED, Publication
 
 
 def publish(
@@ -26,21 +27,42 @@ def publish(
 ) -> tuple[ServedHalf, Publication]:
     """Splits private maps into the vendor's served half and the publication.
 
-    Raises ``ConfigurationError`` for an unknown engine, and for the plain engine or an ``insecure_…`` parameter set
-    unless ``allow_insecure``.
+    Raises ``ConfigurationError`` for an unknown engine, for the sealed one where seal-python is not installed, and for
+    the plain engine or an ``insecure_…`` parameter set unless ``allow_insecure``.
     """
     if (engine == "plain" or parameters.is_insecure) and not allow_insecure:
         raise ConfigurationError("the plain engine and insecure_… parameter sets are for tests; they hide nothing")
     if engine == "plain":
         return plain.publish(specs)
+    if engine == ENGINE_SEALED:
+        return ckks.publish(specs, noise=noise)
     if engine != "lattice":
-        raise ConfigurationError(f"unknown engine {engine!r}; expected 'lattice'")
+        raise ConfigurationError(f"unknown engine {engine!r}; expected 'lattice' or 'sealed'")
     return lattice_served.publish(specs, noise=noise, parameters=parameters)
 
 
 def public_half(publication: Publication) -> PublicHalf:
-    """The client's half for a publication that has been checked (``Publication.from_bytes``)."""
-    return plain.PlainPublic(publication) if publication.engine == "plain" else LatticePublic(publication)
+    """The client's half for a publication that has been checked (``Publication.from_bytes``).
+
+    Raises ``ConfigurationError``, with the install command, where a sealed layer's client lacks seal-python.
+    """
+    match publication.engine:
+        case "plain":
+            return plain.PlainPublic(publication)
+        case "sealed":
+            return SealedPublic(publication)
+    return LatticePublic(publication)
+
+
+def row_sizes(publication: Publication) -> list[tuple[int, int]]:
+    """(query bytes, answer bytes) of one row of every layer on its own."""
+    match publication.engine:
+        case "plain":
+            return [(8 * layer.width, 8 * layer.rank) for layer in publication.layers]
+        case "sealed":
+            return [sealed_row_size(layer) for layer in publication.layers]
+    words = publication.parameters.query_width
+    return [(4 * words(layer.width), 4 * layer.rank) for layer in publication.layers]
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,8 @@ LEARNED = 0.1
 """A relative error of ΔW at which a clone does the original's job; the layer then counts as learned."""
 _CANDIDATES = 64
 _EXCHANGED = 4
-_CERTAIN = 1e-3  # expected wrong entries of a whole core that is called exact
+_CERTAIN = 1e-3  # expected wrong entries of a whole core beyond which no more rows are worth asking for
+_AS_LIKELY_AS_NOT = math.log(2)  # expected wrong entries at which there are none with probability 1/2
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,10 @@ class Scheme:
     """How often every row is asked, to be averaged."""
     square: float
     """Expected squared error, relative to c²."""
+    wrong: float
+    """Expected number of wrong entries in a column."""
     exact: bool
-    """Whether the whole core is expected to come back as the integers it is."""
+    """Whether a whole core asked for in this way comes back as the integers it is, but for one time in a thousand."""
 
     @property
     def rows(self) -> float:
@@ -124,9 +127,9 @@ class Plan:
 
     @property
     def exact(self) -> bool:
-        """Whether every integer of the core is expected to be right."""
+        """Whether every integer of the core is right as likely as not."""
         complete = sum(columns for columns, _ in self.parts) == self.channel.width
-        return complete and all(scheme.exact for _, scheme in self.parts)
+        return complete and sum(columns * scheme.wrong for columns, scheme in self.parts) <= _AS_LIKELY_AS_NOT
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,7 @@ class Leakage:
     error: float
     """Relative error of ΔW to be expected, from 1 (nothing) down to 0 (the integer core itself)."""
     exact: bool
-    """Whether the integer core is expected to be recovered in full."""
+    """Whether the integer core is recovered in full as likely as not."""
     learned: bool
     """T ≥ d rows, whatever the noise; and fewer where the attack needs fewer for an error of ``LEARNED``."""
 
@@ -149,7 +152,8 @@ def leakage(channel: Channel, rows: int) -> Leakage:
 
 
 def rows_until(channel: Channel, error: float) -> int:
-    """The fewest rows after which the best known attack is expected within ``error``; for 0, the exact core.
+    """The fewest rows after which the best known attack is expected within ``error``; for 0, the core is exact as
+    likely as not.
 
     Raises ``ValueError`` for an ``error`` outside [0, 1), ``OverflowError`` where no searched scheme gets there.
     """
@@ -307,7 +311,7 @@ class _Table:
     def scheme(self, chosen: Sequence[int], repeats: int) -> Scheme:
         square, wrong = self._risk(self.squares[[0, *chosen]].sum(axis=0), chosen)
         multipliers = (int(self.multipliers[0]), *sorted(int(self.multipliers[index]) for index in chosen))
-        return Scheme(multipliers, False, repeats, square, wrong < _CERTAIN)
+        return Scheme(multipliers, False, repeats, square, wrong / self.channel.width, wrong < _CERTAIN)
 
     def _risk(self, distance: NDArray[np.float32], chosen: Sequence[int]) -> tuple[float, float]:
         """(expected squared error ÷ c², expected wrong entries of the core)."""
@@ -356,6 +360,7 @@ def _packed(channel: Channel, columns: int) -> Scheme | None:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     multipliers = tuple(digits(low))
-    square, wrong = _rounding(channel.sigma / low)
+    square, odds = _rounding(channel.sigma / low)
     square = min(square / channel.rms**2, 1.0) / columns
-    return Scheme(multipliers, True, 1, square, wrong * channel.width * channel.rank / columns < _CERTAIN)
+    wrong = odds * channel.rank / columns
+    return Scheme(multipliers, True, 1, square, wrong, wrong * channel.width < _CERTAIN)

@@ -5,7 +5,6 @@ Server and client refuse it unless code allows insecure publications.
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,17 +12,10 @@ from numpy.typing import NDArray
 from splitveil.errors import NonFiniteError, ProtocolError
 from splitveil.lattice.parameters import INSECURE_TEST
 from splitveil.private.core import LayerSpec, gauged
-from splitveil.private.engine import Mask, Pending, Site
+from splitveil.private.engine import Mask, NoMask, Pending, Site
 from splitveil.private.published import Publication, PublicLayer
 
 F64 = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class _NoMask:
-    """There is nothing to mask with."""
-
-    size: int = 0
 
 
 class PlainServed:
@@ -55,6 +47,10 @@ class PlainPublic:
     def __init__(self, publication: Publication) -> None:
         self.publication = publication
 
+    def keys(self) -> bytes:
+        """None."""
+        return b""
+
     def site(self, layers: Sequence[int]) -> Site:
         """The view of some layers of equal width."""
         return PlainSite([self.publication.layers[i] for i in layers])
@@ -72,7 +68,7 @@ class PlainSite:
 
     def make_masks(self, rows: int) -> list[Mask]:
         """Nothing, ``rows`` times."""
-        return [_NoMask() for _ in range(rows)]
+        return [NoMask() for _ in range(rows)]
 
     def query(self, x: NDArray[np.float32], masks: Sequence[Mask]) -> tuple[bytes, Pending]:
         """x itself; zeros where it is not finite, as the lattice engine does."""

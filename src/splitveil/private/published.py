@@ -15,10 +15,13 @@ import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from splitveil.errors import PublicationError
-from splitveil.lattice.parameters import ParameterSet, parameter_set
+from splitveil.errors import ParameterError, PublicationError
+from splitveil.lattice.parameters import DEFAULT, ParameterSet, parameter_set
+from splitveil.private import ckks_parameters
 
 FORMAT = "splitveil-publication-1"
+ENGINE_SEALED = "sealed"
+ENGINES = ("lattice", ENGINE_SEALED, "plain")
 MAX_LAYERS = 16384
 MAX_WIDTH = 1 << 17
 MAX_RANK = 1 << 17
@@ -43,7 +46,7 @@ class PublicLayer:
     Q: NDArray[np.float32] | None = field(repr=False, compare=False)
     """(Σ output features, rank), orthonormal; None for the identity."""
     hint: NDArray[np.uint32] | None = field(repr=False, compare=False)
-    """(rank, N); None for the plain engine, which hides nothing."""
+    """(rank, N); None for the sealed engine, which publishes none, and the plain one, which hides nothing."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,14 @@ class Publication:
     seed: bytes
     engine: str
     parameters: ParameterSet
+    """Of the lattice engine; the sealed engine has a single set (``ckks_parameters``) and does not use this one."""
     noise: float
     layers: tuple[PublicLayer, ...]
+
+    @property
+    def parameters_name(self) -> str:
+        """The name of the parameters in force."""
+        return ckks_parameters.NAME if self.engine == ENGINE_SEALED else self.parameters.name
 
     def to_bytes(self) -> bytes:
         """The safetensors file."""
@@ -80,7 +89,7 @@ class Publication:
             "id": self.id.hex(),
             "seed": self.seed.hex(),
             "engine": self.engine,
-            "parameters": self.parameters.name,
+            "parameters": self.parameters_name,
             "noise": self.noise,
             "layers": described,
         }
@@ -99,11 +108,19 @@ class Publication:
         if header.get("format") != FORMAT:
             raise PublicationError(f"publication format {str(header.get('format'))[:64]!r}, expected {FORMAT!r}")
         engine = header.get("engine")
-        if engine not in ("lattice", "plain"):
-            raise PublicationError(f"unknown engine {str(engine)[:64]!r} in the publication; expected 'lattice'")
+        if engine not in ENGINES:
+            raise PublicationError(
+                f"unknown engine {str(engine)[:64]!r} in the publication; expected 'lattice' or 'sealed'"
+            )
         if engine == "plain" and not allow_insecure:
             raise PublicationError("the publication uses the plain engine, which is for tests only and hides nothing")
-        parameters = parameter_set(str(header.get("parameters")), allow_insecure=allow_insecure)
+        name = str(header.get("parameters"))
+        if engine == ENGINE_SEALED:
+            if name != ckks_parameters.NAME:
+                raise ParameterError(f"unknown parameter set {name[:64]!r}; known: {ckks_parameters.NAME}")
+            parameters = DEFAULT
+        else:
+            parameters = parameter_set(name, allow_insecure=allow_insecure)
         described = header.get("layers")
         if not isinstance(described, list) or not 1 <= len(described) <= MAX_LAYERS:
             raise PublicationError(f"a publication has a list of 1 to {MAX_LAYERS} layers")
@@ -206,6 +223,8 @@ def _layer(
     elif total != rank:
         raise PublicationError(f"publication: layer {index} lacks Q, yet its rank {rank} is not its {total} outputs")
     hint = None
+    if engine == ENGINE_SEALED and q is not None:
+        raise PublicationError(f"publication: layer {index} has a Q; the sealed engine publishes none")
     if engine == "lattice":
         hint = _tensor(tensors, f"hint.{index}", (rank, parameters.ring_degree), np.uint32)
     step = _number(entry, "step", 0.0, MAX_STEP)

@@ -10,11 +10,12 @@ from torch import nn
 from splitveil.errors import BaseModelError, ConfigurationError
 from splitveil.private.layer import public_half
 from splitveil.private.published import Publication
+from splitveil.serving.address import check_adapter_name, require_loopback, split_address
 from splitveil.serving.cache import PublicationCache
 from splitveil.serving.hooks import Adapted, Adapter
 from splitveil.serving.pool import DEFAULT_BYTES
-from splitveil.serving.server import check_adapter_name, require_loopback, split_address
 from splitveil.serving.session import Session
+from splitveil.serving.tls import ClientCredentials, ClientTLS
 
 Model = TypeVar("Model", bound=nn.Module)
 _connected: "weakref.WeakKeyDictionary[nn.Module, Adapter]" = weakref.WeakKeyDictionary()
@@ -27,7 +28,8 @@ def connect(
     adapter: str,
     *,
     api_key: str | None = None,
-    tls: Any = None,
+    tls: ClientTLS | None = None,
+    allow_plaintext: bool = False,
     pool_bytes: int = DEFAULT_BYTES,
     cache: PublicationCache | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -40,7 +42,9 @@ def connect(
     ``generate()`` works as before, without consuming torch's random state. What leaves this machine is encrypted
     rows; what stays visible to the server is how many, and when (SECURITY.md).
 
-    ``api_key`` is what the vendor gave this client, where the vendor asks for one. ``pool_bytes`` bounds the masks
+    ``api_key`` is what the vendor gave this client, where the vendor asks for one. ``tls`` connects with TLS;
+    ``ClientTLS()`` trusts whom this machine trusts. Without it only this machine itself can be reached, unless
+    ``allow_plaintext`` says that something else protects the way. ``pool_bytes`` bounds the masks
     prepared ahead of time, ``cache`` is where publications are kept (by default in the user's cache folder),
     ``progress(done, total)`` is called while a publication is downloaded.
 
@@ -48,11 +52,13 @@ def connect(
     reports errors after the last one, so that neither the number of messages nor their pace shows where it stopped.
 
     Raises ``ConnectionFailedError``, ``UnknownAdapterError``, ``KeyRejectedError``, ``BaseModelError`` if the adapter
-    is for another base, ``ConfigurationError`` if the model is connected already.
+    is for another base, ``ConfigurationError`` if the model is connected already, or a certificate cannot be used.
     """
-    if tls is not None:
-        raise ConfigurationError("TLS is not available in this version; serve and connect on loopback")
-    require_loopback(split_address(address)[0], "connect beyond loopback")
+    host, _ = split_address(address)
+    if tls is None:
+        require_loopback(
+            host, "connect beyond loopback", allow_plaintext=allow_plaintext, instead="--tls or --tls-ca FILE"
+        )
     check_adapter_name(adapter)
     if base_model in _connected:
         raise ConfigurationError("this model is connected already; call splitveil.disconnect(model) first")
@@ -63,6 +69,7 @@ def connect(
         cache=cache or PublicationCache(),
         progress=progress,
         allow_insecure=allow_insecure,
+        credentials=None if tls is None else ClientCredentials.read(tls),
     )
     try:
         modules = locate(base_model, session.publication)

@@ -15,6 +15,10 @@ PATIENCE = 10.0
 """Seconds that closing waits for one thread; all of ours end within milliseconds unless the machine is stuck."""
 
 
+SHUTTING_DOWN = "this server is shutting down"
+"""What a server that drains says to clients, word for word: they tell it from a connection that broke by it."""
+
+
 class Closable(Protocol):
     """Anything with threads."""
 

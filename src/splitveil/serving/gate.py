@@ -3,7 +3,18 @@
 from collections.abc import Sequence
 from typing import Protocol
 
+import grpc
+
 ANONYMOUS = "anonymous"
+
+
+class Rejected(Exception):  # noqa: N818 - not an error of ours: it ends a session with a status
+    """Ends a session with a gRPC status of its own; ``reason`` is one word for logs and metrics."""
+
+    def __init__(self, status: grpc.StatusCode, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.reason = reason
 
 
 class Gate(Protocol):

@@ -7,9 +7,11 @@ import numpy as np
 
 from splitveil.adapters import Adapter, LoraModule
 from splitveil.lattice.parameters import DEFAULT, ParameterSet
+from splitveil.private.ckks_parameters import MAX_ROWS as MAX_SEALED_ROWS
+from splitveil.private.ckks_served import SealedServed
 from splitveil.private.core import LayerSpec
-from splitveil.private.engine import ServedHalf
-from splitveil.private.layer import publish
+from splitveil.private.engine import KeyedHalf, ServedHalf
+from splitveil.private.layer import publish, row_sizes
 from splitveil.private.published import Publication, digest
 from splitveil.wire import codec
 
@@ -24,11 +26,15 @@ class ServedAdapter:
     digest: bytes
     max_rows: int
     """Rows that one query for one layer may have, so that neither it nor its answer outgrows a message."""
+    keyed: KeyedHalf | None = field(default=None, repr=False)
+    """Where a session needs keys of its client's: the half that takes them, and gives the session's own."""
+    source: str = field(default="", repr=False)
+    """Digest of the folder that it was made from, to tell whether the folder holds something else now."""
 
     def answer_size(self, layers: Sequence[int]) -> int:
         """Bytes of one row's answer for these layers, which must exist."""
-        word = _word(self.publication)
-        return sum(word * self.publication.layers[index].rank for index in layers)
+        sizes = row_sizes(self.publication)
+        return sum(sizes[index][1] for index in layers)
 
 
 def layer_specs(modules: Sequence[LoraModule]) -> list[LayerSpec]:
@@ -67,16 +73,8 @@ def publish_adapter(
     )
     published = publication.to_bytes()
     widest = max(row_sizes(publication), key=max)
-    return ServedAdapter(half, publication, published, digest(published), codec.max_rows(*widest))
-
-
-def row_sizes(publication: Publication) -> list[tuple[int, int]]:
-    """(query bytes, answer bytes) of one row of every layer on its own."""
-    word = _word(publication)
-    pad = 0 if publication.engine == "plain" else publication.parameters.pad_width
-    return [(word * (layer.width + pad), word * layer.rank) for layer in publication.layers]
-
-
-def _word(publication: Publication) -> int:
-    """Bytes of one number on the wire."""
-    return 8 if publication.engine == "plain" else 4
+    rows = codec.max_rows(*widest)
+    keyed = half if isinstance(half, SealedServed) else None
+    if keyed is not None:
+        rows = min(rows, MAX_SEALED_ROWS)
+    return ServedAdapter(half, publication, published, digest(published), rows, keyed, adapter.digest)

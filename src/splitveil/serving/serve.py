@@ -1,17 +1,23 @@
 """``serve``: adapter folders to a running server."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
 
 from splitveil.adapters import load_adapter
+from splitveil.errors import SplitveilError
 from splitveil.metering import Database, Keyring, LedgerGate, Site, locate
+from splitveil.serving.address import check_adapter_name
+from splitveil.serving.exposure import sites_of
 from splitveil.serving.publishing import ServedAdapter, publish_adapter
-from splitveil.serving.server import DEFAULT_SESSIONS, Server, check_adapter_name
+from splitveil.serving.server import DEFAULT_SESSIONS, Server
+from splitveil.serving.tls import ServerTLS
+
+Folders = Mapping[str, str | PathLike[str]]
 
 
 def serve(
-    adapters: Mapping[str, str | PathLike[str]],
+    adapters: Folders,
     listen: str = "127.0.0.1:7433",
     *,
     noise: float = 0.0,
@@ -19,6 +25,10 @@ def serve(
     sessions: int = DEFAULT_SESSIONS,
     ledger: str | None = None,
     limit: int | None = None,
+    tls: ServerTLS | None = None,
+    allow_plaintext: bool = False,
+    metrics: str | None = None,
+    log_identities: bool = False,
 ) -> Server:
     """Starts a server for PEFT adapter folders and returns it; use it as a context manager, or call ``close()``.
 
@@ -30,31 +40,84 @@ def serve(
     API key that ``splitveil keys`` made, and their rows are counted there before they are answered. ``limit`` alone
     takes the default ledger. Without both, whoever reaches the address is answered, and nothing is counted.
 
-    Raises ``AdapterError`` for a folder that cannot be served, ``ConfigurationError`` for the address, the noise, the
-    limit or the ledger.
+    ``tls`` is needed to listen beyond this machine, unless ``allow_plaintext`` says that something else protects the
+    way. ``metrics`` ("host:port") serves figures for Prometheus; ``log_identities`` lets the log name clients.
+
+    Raises ``AdapterError`` for a folder that cannot be served, ``ConfigurationError`` for an address, a certificate,
+    the noise, the limit or the ledger.
     """
     for name in adapters:
         check_adapter_name(name)
-    published = {
-        name: publish_adapter(load_adapter(Path(folder)), noise=noise, engine=engine)
-        for name, folder in adapters.items()
-    }
+    published = {name: _publish(folder, noise, engine) for name, folder in adapters.items()}
     if ledger is None and limit is None:
-        return Server(published, listen, sessions=sessions)
+        return Server(
+            published,
+            listen,
+            sessions=sessions,
+            tls=tls,
+            allow_plaintext=allow_plaintext,
+            metrics=metrics,
+            log_identities=log_identities,
+        )
     database = Database(locate(ledger))
     try:
         gate = metered(published, database, limit)
-        return Server(published, listen, gate=gate, keys=Keyring(database), sessions=sessions, on_close=database.close)
+        return Server(
+            published,
+            listen,
+            gate=gate,
+            keys=Keyring(database),
+            sessions=sessions,
+            on_close=database.close,
+            on_replace=lambda name, adapter: gate.declare(name, sites(adapter, limit)),
+            tls=tls,
+            allow_plaintext=allow_plaintext,
+            metrics=metrics,
+            log_identities=log_identities,
+        )
     except BaseException:
         database.close()
         raise
+
+
+def reload(
+    server: Server,
+    adapters: Folders,
+    *,
+    noise: float = 0.0,
+    engine: str = "lattice",
+    stop: Callable[[], bool] = lambda: False,
+) -> None:
+    """Reads folders and certificates again, and publishes what has changed afresh; stops between two once ``stop()``.
+
+    What does not load leaves what is served as it is, and is logged. A folder that holds what it held is not published
+    again: hundreds of publications of the same weights tell more of them than one does (SECURITY.md), and renewing a
+    certificate should not end anybody's session.
+    """
+    server.renew_certificate()
+    for name, folder in adapters.items():
+        if stop():
+            return
+        try:
+            loaded = load_adapter(Path(folder))
+            if loaded.digest != server.source(name):
+                server.replace(name, publish_adapter(loaded, noise=noise, engine=engine))
+        except SplitveilError as error:
+            server.not_replaced(name, error)
 
 
 def metered(published: Mapping[str, ServedAdapter], database: Database, limit: int | None) -> LedgerGate:
     """A gate that counts the rows of every layer of these adapters, and answers at most ``limit`` of each."""
     gate = LedgerGate(database)
     for name, adapter in published.items():
-        noise = adapter.publication.noise
-        layers = adapter.publication.layers
-        gate.declare(name, {layer.outputs[0][0]: Site(layer.width, noise, limit) for layer in layers})
+        gate.declare(name, sites(adapter, limit))
     return gate
+
+
+def sites(adapter: ServedAdapter, limit: int | None) -> Mapping[str, Site]:
+    """The layers of an adapter as the ledger knows them, with what the leakage function needs of each."""
+    return sites_of(adapter, limit)
+
+
+def _publish(folder: str | PathLike[str], noise: float, engine: str) -> ServedAdapter:
+    return publish_adapter(load_adapter(Path(folder)), noise=noise, engine=engine)

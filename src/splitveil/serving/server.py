@@ -1,27 +1,33 @@
-"""The vendor's server: one gRPC stream a session, several adapters and several clients at once."""
+"""The vendor's server, from start to end: its port, its adapters, what its operator can have done to it."""
 
-import ipaddress
 import logging
-import re
-import socket
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Executor, Future
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
 
 import grpc
 
-from splitveil.errors import BudgetExceededError, ConfigurationError, KeyRejectedError, ProtocolError, RefusedError
-from splitveil.serving.ending import close_at_exit, end
-from splitveil.serving.gate import Admitted, Anyone, Doorkeeper, Gate, Open
+from splitveil.errors import ConfigurationError, SplitveilError
+from splitveil.serving.address import is_loopback, require_loopback, split_address
+from splitveil.serving.ending import close_at_exit
+from splitveil.serving.gate import Doorkeeper, Gate, Open
+from splitveil.serving.operations.exposition import Exposition
+from splitveil.serving.operations.health import Health
+from splitveil.serving.operations.logs import tell
+from splitveil.serving.operations.metrics import Metrics
+from splitveil.serving.operations.visits import Visits
 from splitveil.serving.publishing import ServedAdapter
+from splitveil.serving.service import Service
+from splitveil.serving.threads import SessionThreads
+from splitveil.serving.tls import ServerCredentials, ServerTLS
 from splitveil.wire import codec
 
 log = logging.getLogger(__name__)
 
-HELLO_SECONDS = 20.0
 DEFAULT_SESSIONS = 32
+# Beyond the sessions: those that are told that there is no room, and health checks.
+SPARE_CALLS = 16
 
 OPTIONS = [
     *codec.GRPC_OPTIONS,
@@ -37,8 +43,9 @@ OPTIONS = [
 class Server:
     """Serves adapters until closed; a context manager. ``address`` says where, with the port that was bound.
 
-    Raises ``ConfigurationError`` for an address that is malformed, taken, or not a loopback address: queries reveal
-    nothing, but without TLS anyone on the way could answer in the server's stead.
+    Raises ``ConfigurationError`` for an address that is malformed or taken, for certificates that cannot be used, and
+    for an address beyond loopback without TLS, unless ``allow_plaintext``: queries reveal nothing, but anyone on the
+    way could read API keys and answer in the server's stead.
     """
 
     def __init__(
@@ -51,35 +58,127 @@ class Server:
         sessions: int = DEFAULT_SESSIONS,
         on_query: Callable[[str, codec.Query], None] | None = None,
         on_close: Callable[[], None] | None = None,
+        on_replace: Callable[[str, ServedAdapter], None] | None = None,
+        tls: ServerTLS | None = None,
+        allow_plaintext: bool = False,
+        metrics: str | None = None,
+        log_identities: bool = False,
     ) -> None:
-        """``gate`` may refuse rows, ``keys`` clients; without them all are answered. ``on_close`` is called once."""
+        """``gate`` may refuse rows, ``keys`` clients; without them all are answered.
+
+        ``on_replace`` is called before an adapter is replaced, ``on_close`` once. ``metrics`` is where figures for
+        Prometheus are served ("host:port"), ``log_identities`` lets the log name clients.
+        """
         host, port = split_address(listen)
-        require_loopback(host, "listen beyond loopback")
+        if tls is None:
+            require_loopback(
+                host,
+                "listen beyond loopback",
+                allow_plaintext=allow_plaintext,
+                instead="--tls-cert and --tls-key",
+            )
+        self._credentials = None if tls is None else ServerCredentials(tls)
         if not adapters:
             raise ConfigurationError("a server needs at least one adapter: --adapter NAME=DIR")
-        self._service = _Service(adapters, gate or Open(), keys, on_query)
+        figures = None if metrics is None else Metrics(adapters)
+        if figures is not None and self._credentials is not None:
+            figures.certificate_expires(self._credentials.expires.timestamp())
+        self._visits = Visits(sessions, metrics=figures, log_identities=log_identities)
+        self._service = Service(adapters, gate or Open(), keys, on_query, self._visits)
+        self._versions = dict.fromkeys(adapters, 1)
+        self._replacing = threading.Lock()
+        self._on_replace = on_replace
         self._on_close = on_close
-        self._threads = _Threads()
+        self._threads = SessionThreads()
         threads: Any = self._threads  # gRPC asks for a ThreadPoolExecutor, and calls ``submit`` alone
         self._server = grpc.server(
             threads,
-            handlers=[self._service],
-            maximum_concurrent_rpcs=sessions,
+            handlers=[self._service, Health(lambda: self._visits.draining)],
+            maximum_concurrent_rpcs=sessions + SPARE_CALLS,
             options=OPTIONS,
         )
         try:
-            bound = self._server.add_insecure_port(f"{host}:{port}")
+            bound = self._bind(f"{host}:{port}")
         except RuntimeError:
             raise ConfigurationError(f"cannot listen on {listen}: is the port taken?") from None
         self.address = f"{host}:{bound}"
+        self._exposition: Exposition | None = None
+        if metrics is not None and figures is not None:
+            try:
+                self._exposition = Exposition(metrics, figures.registry, allow_plaintext=allow_plaintext)
+            except ConfigurationError:
+                self._server.stop(None)
+                raise
         self._server.start()
         close_at_exit(self)
+
+    def _bind(self, address: str) -> int:
+        """The port. Raises ``RuntimeError``."""
+        if self._credentials is None:
+            return self._server.add_insecure_port(address)
+        return self._server.add_secure_port(address, self._credentials.grpc)
+
+    @property
+    def transport(self) -> str:
+        """How this server is reached, in words for its operator."""
+        if self._credentials is None:
+            here = is_loopback(split_address(self.address)[0])
+            return "plaintext, this machine only" if here else "PLAINTEXT, also beyond this machine"
+        return "TLS, clients show a certificate" if self._credentials.mutual else "TLS"
+
+    @property
+    def metrics_address(self) -> str | None:
+        """Where figures for Prometheus are served, with the port that was bound; None if nowhere."""
+        return None if self._exposition is None else self._exposition.address
+
+    def source(self, name: str) -> str:
+        """Digest of the folder that an adapter was made from; empty for one that was made otherwise."""
+        return self._service.adapters[name].source
+
+    def replace(self, name: str, adapter: ServedAdapter) -> None:
+        """Serves ``adapter`` under ``name`` in place of what was served there; accounts carry on.
+
+        Sessions that are open on the old one end at their next query, with an error that says to connect again: so what
+        a vendor has replaced is never computed with again, nothing is counted under a declaration that is no longer in
+        force, and no generation is half of one adapter and half of another.
+
+        Raises ``ConfigurationError`` for a name that is not served, and as the ledger does; then nothing has changed.
+        """
+        with self._replacing:
+            if name not in self._service.adapters:
+                raise ConfigurationError(f"no adapter named {name!r} is served here, so none can be replaced")
+            if self._on_replace is not None:
+                self._on_replace(name, adapter)
+            self._service.adapters[name] = adapter
+            self._versions[name] += 1
+            if self._visits.metrics is not None:
+                self._visits.metrics.adapter(name).published(self._versions[name])
+        tell(log, logging.INFO, "adapter_replaced", adapter=name, publication=self._versions[name])
+
+    def not_replaced(self, name: str, why: SplitveilError) -> None:
+        """Notes that a new version of an adapter could not be had; the old one goes on."""
+        if self._visits.metrics is not None:
+            self._visits.metrics.adapter(name).replacement_failed()
+        tell(log, logging.ERROR, "adapter_not_replaced", adapter=name, error=str(why))
+
+    def renew_certificate(self) -> None:
+        """Reads the TLS files again, for connections from now on. What cannot be used is logged and changes nothing."""
+        if self._credentials is None:
+            return
+        try:
+            self._credentials.renew()
+        except ConfigurationError as error:
+            tell(log, logging.ERROR, "certificate_not_renewed", error=str(error))
+            return
+        if self._visits.metrics is not None:
+            self._visits.metrics.certificate_expires(self._credentials.expires.timestamp())
+        tell(log, logging.INFO, "certificate_renewed", expires=self._credentials.expires.isoformat())
 
     def summary(self) -> list[str]:
         """One line an adapter: what is served, for the operator to read."""
         return [
             f"{name}: {len(adapter.publication.layers)} private layers, {len(adapter.published):,} bytes published, "
-            f"noise {adapter.publication.noise:g}, parameters {adapter.publication.parameters.name}"
+            f"noise {adapter.publication.noise:g}, parameters {adapter.publication.parameters_name}"
             for name, adapter in self._service.adapters.items()
         ]
 
@@ -87,10 +186,22 @@ class Server:
         """Blocks until the server is closed."""
         self._server.wait_for_termination()
 
+    def drain(self, seconds: float, hurry: Callable[[], bool] = lambda: False) -> None:
+        """Closes, but lets sessions that are generating go on for ``seconds`` first, or until ``hurry()``.
+
+        No session begins meanwhile, and health checks say so. Sessions without a query for a second are not waited for.
+        """
+        self._visits.drain(seconds, hurry)
+        self.close()
+        tell(log, logging.INFO, "stopped")
+
     def close(self) -> None:
         """Ends all sessions and stops listening; safe to call twice."""
+        self._visits.draining = True
         self._server.stop(grace=0.5).wait()
         self._threads.shutdown()
+        if self._exposition is not None:
+            self._exposition.close()
         on_close, self._on_close = self._on_close, None
         if on_close is not None:
             on_close()
@@ -102,176 +213,3 @@ class Server:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-class _Threads(Executor):
-    """A thread a session; how many there are is limited by gRPC.
-
-    Unlike those of a ``ThreadPoolExecutor`` they end with their session, and a program that ends without closing its
-    server is not kept alive by them.
-    """
-
-    def __init__(self) -> None:
-        self._running: set[threading.Thread] = set()
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        """Runs the call in a thread of its own."""
-        future: Future[Any] = Future()
-
-        def run() -> None:
-            try:
-                future.set_result(fn(*args, **kwargs))
-            except BaseException as error:  # noqa: BLE001 - whose it is, the future's reader decides
-                future.set_exception(error)
-            finally:
-                self._running.discard(thread)
-
-        thread = threading.Thread(target=run, name="splitveil-session", daemon=True)
-        self._running.add(thread)
-        thread.start()
-        return future
-
-    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Waits for the sessions, which the server has ended."""
-        if wait:
-            end(list(self._running))
-
-
-class _Service(grpc.GenericRpcHandler):
-    """The single method of the service, with bytes in and out: decoding, and its limits, are the codec's."""
-
-    def __init__(
-        self,
-        adapters: Mapping[str, ServedAdapter],
-        gate: Gate,
-        keys: Doorkeeper | None,
-        on_query: Callable[[str, codec.Query], None] | None,
-    ) -> None:
-        self.adapters = dict(adapters)
-        self._gate = gate
-        self._keys = keys
-        self._on_query = on_query
-
-    def service(self, details: Any) -> Any:
-        """gRPC's hook: the handler of a method name, or None."""
-        return grpc.stream_stream_rpc_method_handler(self._session) if details.method == codec.METHOD else None
-
-    def _session(self, requests: Iterator[bytes], context: Any) -> Iterator[bytes]:
-        # A client that connects and says nothing may not occupy a session for ever.
-        impatience = threading.Timer(HELLO_SECONDS, context.cancel)
-        impatience.daemon = True
-        impatience.start()
-        try:
-            first = next(requests, None)
-            impatience.cancel()
-            if first is not None:
-                yield from self._serve(codec.decode_client(first), requests)
-        except _Rejected as rejected:
-            context.abort(rejected.status, str(rejected))
-        except ProtocolError as error:
-            log.warning("session ended: %s", error)
-            context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-        finally:
-            impatience.cancel()
-
-    def _serve(self, hello: codec.Hello | codec.Query, requests: Iterator[bytes]) -> Iterator[bytes]:
-        client, adapter = self._admit(hello)
-        name = hello.adapter if isinstance(hello, codec.Hello) else ""
-        size = len(adapter.published)
-        yield codec.encode_server(codec.Welcome(codec.VERSION, adapter.digest, size, adapter.max_rows))
-        if isinstance(hello, codec.Hello) and hello.have_digest != adapter.digest:
-            for offset in range(0, size, codec.CHUNK):
-                yield codec.encode_server(codec.Chunk(offset, adapter.published[offset : offset + codec.CHUNK]))
-        for seq, raw in enumerate(requests, start=1):
-            query = codec.decode_client(raw)
-            if not isinstance(query, codec.Query) or query.seq != seq:
-                raise ProtocolError(f"query number {seq} was expected")
-            if self._on_query is not None:
-                self._on_query(name, query)
-            yield codec.encode_server(self._reply(client, name, adapter, query))
-
-    def _admit(self, hello: codec.Hello | codec.Query) -> tuple[Admitted, ServedAdapter]:
-        """The client, and the adapter that it asks for. Raises ``ProtocolError`` or ``_Rejected``."""
-        if not isinstance(hello, codec.Hello):
-            raise ProtocolError("a session begins with Hello")
-        if hello.version != codec.VERSION:
-            raise _Rejected(
-                grpc.StatusCode.FAILED_PRECONDITION,
-                f"protocol version {hello.version} is not served here, only {codec.VERSION}",
-            )
-        client = self._identify(hello)
-        adapter = self.adapters.get(hello.adapter)
-        if adapter is None:
-            raise _Rejected(grpc.StatusCode.NOT_FOUND, "no adapter of that name is served here")
-        return client, adapter
-
-    def _identify(self, hello: codec.Hello) -> Admitted:
-        """Before the adapter is looked up: who has no key does not learn which there are. Raises ``_Rejected``."""
-        if self._keys is None:
-            if hello.key:
-                raise _Rejected(grpc.StatusCode.UNAUTHENTICATED, "this server knows no API keys; connect without one")
-            return Anyone()
-        if not hello.key:
-            raise _Rejected(grpc.StatusCode.UNAUTHENTICATED, "this server asks for an API key, which its vendor makes")
-        try:
-            return self._keys.admit(hello.key, hello.adapter)
-        except KeyRejectedError as error:
-            raise _Rejected(grpc.StatusCode.UNAUTHENTICATED, str(error)) from None
-        except RefusedError as error:
-            raise _Rejected(grpc.StatusCode.PERMISSION_DENIED, str(error)) from None
-
-    def _reply(
-        self, client: Admitted, name: str, adapter: ServedAdapter, query: codec.Query
-    ) -> codec.Answer | codec.Refusal:
-        """The answer, or a refusal that leaves the session open."""
-        try:
-            adapter.half.check(query.layers, query.rows, len(query.data))
-            limit = min(adapter.max_rows, codec.max_rows(1, adapter.answer_size(query.layers)))
-            if query.rows > limit:
-                raise ProtocolError(f"{query.rows} rows in a query; at most {limit} are answered")
-            client.check()
-            modules = [adapter.publication.layers[index].outputs[0][0] for index in query.layers]
-            self._gate.reserve_all(client.identity, name, modules, query.rows)
-            return codec.Answer(query.seq, adapter.half.answer(query.layers, query.rows, query.data))
-        except ProtocolError as error:
-            return codec.Refusal(query.seq, budget=False, message=str(error))
-        except KeyRejectedError as error:
-            raise _Rejected(grpc.StatusCode.UNAUTHENTICATED, str(error)) from None
-        except RefusedError as error:
-            spent = isinstance(error, BudgetExceededError)
-            return codec.Refusal(query.seq, budget=spent, message=str(error))
-
-
-class _Rejected(Exception):  # noqa: N818 - not an error of ours: it ends a session with a status
-    """Ends a session with a gRPC status of its own."""
-
-    def __init__(self, status: grpc.StatusCode, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-
-
-def check_adapter_name(name: str) -> None:
-    """Raises ``ConfigurationError`` for a name that no adapter can have."""
-    if not name or len(name) > codec.MAX_ADAPTER_NAME or not name.isprintable():
-        raise ConfigurationError(
-            f"adapter name {name[:32]!r} must be printable and 1 to {codec.MAX_ADAPTER_NAME} characters long"
-        )
-
-
-def split_address(address: str) -> tuple[str, int]:
-    """("host", port) of "host:port"; an IPv6 host is in brackets, and stays so. Raises ``ConfigurationError``."""
-    host, _, port = address.rpartition(":")
-    bracketed = host.startswith("[") and host.endswith("]")
-    if not host or (":" in host and not bracketed) or not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65535:
-        raise ConfigurationError(f"address {address!r} is not HOST:PORT, such as 127.0.0.1:7433 or [::1]:7433")
-    return host, int(port)
-
-
-def require_loopback(host: str, purpose: str) -> None:
-    """Raises ``ConfigurationError`` unless every address that ``host`` resolves to is of this machine alone."""
-    try:
-        found = {entry[4][0] for entry in socket.getaddrinfo(host.strip("[]"), None)}
-    except (OSError, ValueError):  # ValueError: a name that no resolver would take
-        raise ConfigurationError(f"host {host!r} is not known; try 127.0.0.1") from None
-    if not all(ipaddress.ip_address(str(address).partition("%")[0]).is_loopback for address in found):
-        raise ConfigurationError(f"refusing to {purpose} ({host}) without TLS, which this version does not offer yet")

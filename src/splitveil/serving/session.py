@@ -6,6 +6,7 @@ from splitveil.errors import BudgetExceededError, ProtocolError, RefusedError, U
 from splitveil.private.published import Publication, digest
 from splitveil.serving.cache import PublicationCache
 from splitveil.serving.stream import Stream, Ticket, Traffic
+from splitveil.serving.tls import ClientCredentials
 from splitveil.wire import codec
 
 
@@ -26,11 +27,12 @@ class Session:
         cache: PublicationCache | None = None,
         progress: Callable[[int, int], None] | None = None,
         allow_insecure: bool = False,
+        credentials: ClientCredentials | None = None,
     ) -> None:
         self.address = address
         have = None if cache is None else cache.load(address, adapter)
         hello = codec.Hello(codec.VERSION, adapter, b"" if have is None else digest(have), key)
-        self._stream = Stream(address, hello)
+        self._stream = Stream(address, hello, credentials)
         try:
             self.welcome = self._welcome(adapter)
             data = have if have is not None and hello.have_digest == self.welcome.digest else self._download(progress)
@@ -46,6 +48,10 @@ class Session:
     def traffic(self) -> Traffic:
         """What has gone over the wire so far."""
         return self._stream.traffic
+
+    def upload(self, keys: bytes) -> None:
+        """Sends what the engine's public half makes for a session (``PublicHalf.keys``); before the first query."""
+        self._stream.upload(keys)
 
     def submit(self, layers: Sequence[int], rows: int, data: bytes) -> Ticket:
         """Sends one query; what it returns is for ``result``. An answer that nobody asks for is dropped."""

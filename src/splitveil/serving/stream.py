@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import grpc
 
@@ -26,7 +26,9 @@ from splitveil.errors import (
     UnknownAdapterError,
     VersionError,
 )
-from splitveil.serving.ending import close_at_exit, end
+from splitveil.serving.diagnosis import diagnose
+from splitveil.serving.ending import SHUTTING_DOWN, close_at_exit, end
+from splitveil.serving.tls import ClientCredentials
 from splitveil.wire import codec
 
 CONNECT_SECONDS = 20.0
@@ -45,6 +47,10 @@ OPTIONS = [
     # A session is a connection of its own: the trouble of one, and its waits before reconnecting, are not another's.
     ("grpc.use_local_subchannel_pool", 1),
 ]
+
+
+Outgoing: TypeAlias = "tuple[Ticket, tuple[int, ...], int, bytes] | codec.KeyChunk | None"
+"""A query with its claim to the answer, a piece of the session's keys, or the end."""
 
 
 @dataclass
@@ -74,18 +80,22 @@ class Stream:
     Whatever goes wrong is one of Splitveil's errors, and stays: a broken stream raises the same at every later call.
     """
 
-    def __init__(self, address: str, hello: codec.Hello) -> None:
+    def __init__(self, address: str, hello: codec.Hello, credentials: ClientCredentials | None = None) -> None:
         self.traffic = Traffic()
         self._address = address
         self._process = os.getpid()
-        self._outgoing: queue.SimpleQueue[tuple[Ticket, tuple[int, ...], int, bytes] | None] = queue.SimpleQueue()
+        self._outgoing: queue.SimpleQueue[Outgoing] = queue.SimpleQueue()
         self._due: deque[Ticket] = deque()
         self._welcomed = False
         self._late = False
         self._heard = 0.0
         self._failure: SplitveilError | None = None
         self._threads: list[threading.Thread] = []
-        self._channel = grpc.insecure_channel(address, options=OPTIONS)
+        self._credentials = credentials
+        if credentials is None:
+            self._channel = grpc.insecure_channel(address, options=OPTIONS)
+        else:
+            self._channel = grpc.secure_channel(address, credentials.grpc(), options=OPTIONS)
         method: Any = self._channel.stream_stream(codec.METHOD)
         self._call: Any = method(self._requests(hello))
         # gRPC calls back in the thread that serves this channel, which ends a moment after.
@@ -119,6 +129,11 @@ class Stream:
         self._outgoing.put((ticket, layers, rows, data))
         return ticket
 
+    def upload(self, keys: bytes) -> None:
+        """Sends the session's keys; before the first query."""
+        for chunk in codec.key_chunks(keys):
+            self._outgoing.put(chunk)
+
     def wait(self, ticket: Ticket) -> codec.Answer | codec.Refusal:
         """The answer to a query, once."""
         waited = 0.0
@@ -149,6 +164,9 @@ class Stream:
         self._here()
         yield self._counted(codec.encode_client(hello))
         while (item := self._outgoing.get()) is not None:
+            if isinstance(item, codec.KeyChunk):
+                yield self._counted(codec.encode_client(item))
+                continue
             ticket, layers, rows, data = item
             self._due.append(ticket)
             self.traffic.queries += 1
@@ -197,7 +215,7 @@ class Stream:
         with contextlib.suppress(queue.Empty):
             while True:
                 item = self._outgoing.get_nowait()
-                if item is not None:
+                if isinstance(item, tuple):
                     item[0].arrived.release()
         self._outgoing.put(None)
         with contextlib.suppress(IndexError):
@@ -230,12 +248,16 @@ class Stream:
                 return ProtocolError(f"a message to or from {self._address} is over the limit of its size")
             case grpc.StatusCode.RESOURCE_EXHAUSTED:
                 return RefusedError(f"{server} has too many sessions open; try again later")
+            case grpc.StatusCode.UNAVAILABLE if details == SHUTTING_DOWN:
+                return ConnectionFailedError(f"{server} is shutting down; connect again later")
+            case grpc.StatusCode.ABORTED:
+                return ConnectionFailedError(f"{server} ended the session: {details}; connect again")
         if self._welcomed:
             return ConnectionFailedError(
                 f"the connection to {self._address} broke ({status.name.lower()}); is the server still running?"
             )
         if status is grpc.StatusCode.UNAVAILABLE:
-            return ConnectionFailedError(
+            return diagnose(self._address, self._credentials) or ConnectionFailedError(
                 f"no Splitveil server answers at {self._address}: is `splitveil serve` running there, and is the port "
                 "right?"
             )

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1csplitveil/wire/adapter.proto\x12\x0csplitveil.v1\"K\n\x05Hello\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x0f\n\x07\x61\x64\x61pter\x18\x02 \x01(\t\x12\x13\n\x0bhave_digest\x18\x03 \x01(\x0c\x12\x0b\n\x03key\x18\x04 \x01(\t\"V\n\x07Welcome\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\x12\x18\n\x10publication_size\x18\x03 \x01(\x04\x12\x10\n\x08max_rows\x18\x04 \x01(\r\"0\n\x10PublicationChunk\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"@\n\x05Query\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\x0e\n\x06layers\x18\x02 \x03(\r\x12\x0c\n\x04rows\x18\x03 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\"#\n\x06\x41nswer\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\x85\x01\n\x07Refusal\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12(\n\x04\x63ode\x18\x02 \x01(\x0e\x32\x1a.splitveil.v1.Refusal.Code\x12\x0f\n\x07message\x18\x03 \x01(\t\"2\n\x04\x43ode\x12\x0f\n\x0bUNSPECIFIED\x10\x00\x12\r\n\tMALFORMED\x10\x01\x12\n\n\x06\x42UDGET\x10\x02\"c\n\rClientMessage\x12$\n\x05hello\x18\x01 \x01(\x0b\x32\x13.splitveil.v1.HelloH\x00\x12$\n\x05query\x18\x02 \x01(\x0b\x32\x13.splitveil.v1.QueryH\x00\x42\x06\n\x04\x62ody\"\xc4\x01\n\rServerMessage\x12(\n\x07welcome\x18\x01 \x01(\x0b\x32\x15.splitveil.v1.WelcomeH\x00\x12/\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x1e.splitveil.v1.PublicationChunkH\x00\x12&\n\x06\x61nswer\x18\x03 \x01(\x0b\x32\x14.splitveil.v1.AnswerH\x00\x12(\n\x07refusal\x18\x04 \x01(\x0b\x32\x15.splitveil.v1.RefusalH\x00\x42\x06\n\x04\x62odyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1csplitveil/wire/adapter.proto\x12\x0csplitveil.v1\"K\n\x05Hello\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x0f\n\x07\x61\x64\x61pter\x18\x02 \x01(\t\x12\x13\n\x0bhave_digest\x18\x03 \x01(\x0c\x12\x0b\n\x03key\x18\x04 \x01(\t\"V\n\x07Welcome\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\x12\x18\n\x10publication_size\x18\x03 \x01(\x04\x12\x10\n\x08max_rows\x18\x04 \x01(\r\"0\n\x10PublicationChunk\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"(\n\x08KeyChunk\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"@\n\x05Query\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\x0e\n\x06layers\x18\x02 \x03(\r\x12\x0c\n\x04rows\x18\x03 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\"#\n\x06\x41nswer\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\x85\x01\n\x07Refusal\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12(\n\x04\x63ode\x18\x02 \x01(\x0e\x32\x1a.splitveil.v1.Refusal.Code\x12\x0f\n\x07message\x18\x03 \x01(\t\"2\n\x04\x43ode\x12\x0f\n\x0bUNSPECIFIED\x10\x00\x12\r\n\tMALFORMED\x10\x01\x12\n\n\x06\x42UDGET\x10\x02\"\x8b\x01\n\rClientMessage\x12$\n\x05hello\x18\x01 \x01(\x0b\x32\x13.splitveil.v1.HelloH\x00\x12$\n\x05query\x18\x02 \x01(\x0b\x32\x13.splitveil.v1.QueryH\x00\x12&\n\x04keys\x18\x03 \x01(\x0b\x32\x16.splitveil.v1.KeyChunkH\x00\x42\x06\n\x04\x62ody\"\xc4\x01\n\rServerMessage\x12(\n\x07welcome\x18\x01 \x01(\x0b\x32\x15.splitveil.v1.WelcomeH\x00\x12/\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x1e.splitveil.v1.PublicationChunkH\x00\x12&\n\x06\x61nswer\x18\x03 \x01(\x0b\x32\x14.splitveil.v1.AnswerH\x00\x12(\n\x07refusal\x18\x04 \x01(\x0b\x32\x15.splitveil.v1.RefusalH\x00\x42\x06\n\x04\x62odyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,16 +37,18 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WELCOME']._serialized_end=209
   _globals['_PUBLICATIONCHUNK']._serialized_start=211
   _globals['_PUBLICATIONCHUNK']._serialized_end=259
-  _globals['_QUERY']._serialized_start=261
-  _globals['_QUERY']._serialized_end=325
-  _globals['_ANSWER']._serialized_start=327
-  _globals['_ANSWER']._serialized_end=362
-  _globals['_REFUSAL']._serialized_start=365
-  _globals['_REFUSAL']._serialized_end=498
-  _globals['_REFUSAL_CODE']._serialized_start=448
-  _globals['_REFUSAL_CODE']._serialized_end=498
-  _globals['_CLIENTMESSAGE']._serialized_start=500
-  _globals['_CLIENTMESSAGE']._serialized_end=599
-  _globals['_SERVERMESSAGE']._serialized_start=602
-  _globals['_SERVERMESSAGE']._serialized_end=798
+  _globals['_KEYCHUNK']._serialized_start=261
+  _globals['_KEYCHUNK']._serialized_end=301
+  _globals['_QUERY']._serialized_start=303
+  _globals['_QUERY']._serialized_end=367
+  _globals['_ANSWER']._serialized_start=369
+  _globals['_ANSWER']._serialized_end=404
+  _globals['_REFUSAL']._serialized_start=407
+  _globals['_REFUSAL']._serialized_end=540
+  _globals['_REFUSAL_CODE']._serialized_start=490
+  _globals['_REFUSAL_CODE']._serialized_end=540
+  _globals['_CLIENTMESSAGE']._serialized_start=543
+  _globals['_CLIENTMESSAGE']._serialized_end=682
+  _globals['_SERVERMESSAGE']._serialized_start=685
+  _globals['_SERVERMESSAGE']._serialized_end=881
 # @@protoc_insertion_point(module_scope)

@@ -39,6 +39,14 @@ class PublicationChunk(_message.Message):
     data: bytes
     def __init__(self, offset: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
 
+class KeyChunk(_message.Message):
+    __slots__ = ("offset", "data")
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    offset: int
+    data: bytes
+    def __init__(self, offset: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+
 class Query(_message.Message):
     __slots__ = ("seq", "layers", "rows", "data")
     SEQ_FIELD_NUMBER: _ClassVar[int]
@@ -78,12 +86,14 @@ class Refusal(_message.Message):
     def __init__(self, seq: _Optional[int] = ..., code: _Optional[_Union[Refusal.Code, str]] = ..., message: _Optional[str] = ...) -> None: ...
 
 class ClientMessage(_message.Message):
-    __slots__ = ("hello", "query")
+    __slots__ = ("hello", "query", "keys")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     QUERY_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     query: Query
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., query: _Optional[_Union[Query, _Mapping]] = ...) -> None: ...
+    keys: KeyChunk
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., query: _Optional[_Union[Query, _Mapping]] = ..., keys: _Optional[_Union[KeyChunk, _Mapping]] = ...) -> None: ...
 
 class ServerMessage(_message.Message):
     __slots__ = ("welcome", "chunk", "answer", "refusal")

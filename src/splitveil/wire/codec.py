@@ -4,7 +4,9 @@ What comes out of ``decode_client`` and ``decode_server`` has the types and size
 does not is a ``ProtocolError``. The errors name sizes and limits, never contents.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from google.protobuf.message import DecodeError
 
@@ -17,6 +19,8 @@ METHOD = "/splitveil.v1.PrivateAdapter/Session"
 MAX_MESSAGE = 32 << 20
 """Bytes of one gRPC message; gRPC's own limits are set from it."""
 MAX_PUBLICATION = 1 << 30
+MAX_KEYS = 64 << 20
+"""Bytes of the keys that one session uploads."""
 CHUNK = 1 << 20
 MAX_ROWS = 1024
 MAX_LAYERS_IN_QUERY = 64
@@ -42,6 +46,15 @@ class Hello:
 
 
 @dataclass(frozen=True)
+class KeyChunk:
+    """A piece of the client's keys."""
+
+    offset: int
+    data: bytes = field(repr=False)
+
+
+# Queries and answers are not frozen: that would be half of what it takes to make one.
+@dataclass(slots=True)
 class Query:
     """One site's rows. ``data`` is checked for its fit with layers and rows by the served half."""
 
@@ -69,7 +82,7 @@ class Chunk:
     data: bytes = field(repr=False)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Answer:
     """The answer to the query of the same ``seq``."""
 
@@ -86,13 +99,25 @@ class Refusal:
     message: str
 
 
+ClientMessage: TypeAlias = Hello | KeyChunk | Query
+
+
 def max_rows(query_size: int, answer_size: int) -> int:
     """The most rows of these sizes (bytes) that fit in one message, at least 1, at most ``MAX_ROWS``."""
     return max(1, min(MAX_ROWS, (MAX_MESSAGE - _OVERHEAD) // max(query_size, answer_size)))
 
 
-def encode_client(message: Hello | Query) -> bytes:
+def key_chunks(keys: bytes) -> Iterator[KeyChunk]:
+    """Keys as the messages that carry them, all but the last of them full; none for no keys."""
+    for offset in range(0, len(keys), CHUNK):
+        yield KeyChunk(offset, keys[offset : offset + CHUNK])
+
+
+def encode_client(message: ClientMessage) -> bytes:
     """One client message."""
+    if isinstance(message, KeyChunk):
+        keys = pb.KeyChunk(offset=message.offset, data=message.data)
+        return pb.ClientMessage(keys=keys).SerializeToString()
     if isinstance(message, Query):
         # Filled in place: a finished Query would be copied into the message, data and all.
         outer = pb.ClientMessage()
@@ -104,7 +129,7 @@ def encode_client(message: Hello | Query) -> bytes:
     return pb.ClientMessage(hello=hello).SerializeToString()
 
 
-def decode_client(data: bytes) -> Hello | Query:
+def decode_client(data: bytes) -> ClientMessage:
     """Reads what a client sent. Raises ``ProtocolError``."""
     parsed = pb.ClientMessage()
     _parse(parsed, data)
@@ -115,6 +140,12 @@ def decode_client(data: bytes) -> Hello | Query:
             _limit("digest", len(h.have_digest), DIGEST)
             _limit("key", len(h.key), MAX_TEXT)
             return Hello(h.version, h.adapter, h.have_digest, h.key)
+        case "keys":
+            k = parsed.keys
+            if not 0 < len(k.data) <= CHUNK:
+                raise ProtocolError(f"a chunk of keys of {len(k.data)} bytes; 1 to {CHUNK} are allowed")
+            _limit("keys", k.offset + len(k.data), MAX_KEYS)
+            return KeyChunk(k.offset, k.data)
         case "query":
             q = parsed.query
             _limit("rows", q.rows, MAX_ROWS)

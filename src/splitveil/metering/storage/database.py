@@ -7,7 +7,7 @@ from contextlib import contextmanager, nullcontext
 from types import TracebackType
 from typing import Any
 
-from sqlalchemy import Connection, insert, select, text
+from sqlalchemy import Connection, insert, select, text, update
 from sqlalchemy.exc import SQLAlchemyError
 
 from splitveil.errors import ConfigurationError, RefusedError
@@ -56,10 +56,20 @@ class Database:
             version = connection.execute(select(schema.state.c.version)).scalar()
             if version is None:
                 connection.execute(insert(schema.state).values(id=1, version=schema.VERSION, latest=0))
+            elif version == 1:
+                self._upgrade(connection)
             elif version != schema.VERSION:
                 raise ConfigurationError(
                     f"the ledger {self.shown} has tables of version {version}, this program writes {schema.VERSION}"
                 )
+
+    def _upgrade(self, connection: Connection) -> None:
+        """From version 1, whose leases do not say what was declared. Servers of version 1 that are running go on."""
+        kind = "INTEGER" if self.is_sqlite else "BIGINT"
+        column = f"declared {kind} REFERENCES {schema.sites.name} (id)"
+        connection.execute(text(f"ALTER TABLE {schema.leases.name} ADD COLUMN {column}"))
+        connection.execute(update(schema.state).values(version=schema.VERSION))
+        log.warning("the ledger %s was brought from version 1 to %d", self.shown, schema.VERSION)
 
     @contextmanager
     def read(self) -> Iterator[Connection]:

@@ -19,8 +19,8 @@ Name = tuple[str, str, str]
 class Claim:
     """What is asked of an account: at least ``needed`` rows, up to ``wanted``, none beyond ``limit`` (None: no limit).
 
-    0 needed: what can be had is welcome. ``width`` and ``noise`` are those of the layer that will answer, and are
-    recorded with the lease.
+    0 needed: what can be had is welcome. ``width`` and ``noise`` are those of the layer that will answer, ``declared``
+    is the number of its declaration, if it was declared; all are recorded with the lease.
     """
 
     name: Name
@@ -29,6 +29,7 @@ class Claim:
     limit: int | None
     width: int
     noise: float
+    declared: int | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class Leases:
                     "width": claim.width,
                     "noise": claim.noise,
                     "time": time,
+                    "declared": claim.declared,
                 }
                 for claim, grant, account in zip(claims, grants, ids, strict=True)
                 if grant.rows

@@ -19,8 +19,8 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-VERSION = 1
-"""Of the tables; a store of another version is refused."""
+VERSION = 2
+"""Of the tables. A store of version 1 is brought up to this one when it is opened, any other is refused."""
 
 _Id = BigInteger().with_variant(Integer, "sqlite")  # SQLite numbers rows by itself only where the type is INTEGER
 
@@ -45,6 +45,21 @@ accounts = Table(
     UniqueConstraint("identity", "adapter", "site"),
 )
 
+# What servers declared of their layers, appended whenever that changes. The newest of a site is in force.
+sites = Table(
+    "splitveil_sites",
+    metadata,
+    Column("id", _Id, primary_key=True),
+    Column("adapter", Text, nullable=False),
+    Column("site", Text, nullable=False),
+    Column("width", BigInteger, nullable=False),
+    Column("noise", Double, nullable=False),
+    Column("row_limit", BigInteger),  # NULL: no limit
+    Column("facts", Text, nullable=False),  # for the leakage function; empty where there are none
+    Column("time", BigInteger, nullable=False),
+)
+Index("splitveil_sites_site", sites.c.adapter, sites.c.site)
+
 # A lease carries the running total, as a bank statement does. The primary key admits one successor to every lease, so
 # two servers cannot both build on the same total, whatever they believe about locks.
 leases = Table(
@@ -57,6 +72,7 @@ leases = Table(
     Column("width", BigInteger, nullable=False),
     Column("noise", Double, nullable=False),
     Column("time", BigInteger, nullable=False),
+    Column("declared", _Id, ForeignKey(sites.c.id)),  # NULL: written by version 1, which declared nothing
     CheckConstraint("spent >= rows"),
 )
 

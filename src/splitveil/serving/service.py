@@ -1,0 +1,154 @@
+"""The vendor's end of a session: one gRPC stream each, several adapters and several clients at once."""
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import grpc
+
+from splitveil.errors import BudgetExceededError, KeyRejectedError, ProtocolError, RefusedError
+from splitveil.serving.gate import Admitted, Anyone, Doorkeeper, Gate, Rejected
+from splitveil.serving.operations.visits import Visit, Visits
+from splitveil.serving.publishing import ServedAdapter
+from splitveil.serving.uploads import opened
+from splitveil.wire import codec
+
+HELLO_SECONDS = 20.0
+
+
+class Service(grpc.GenericRpcHandler):
+    """The single method of the service, with bytes in and out: decoding, and its limits, are the codec's."""
+
+    def __init__(
+        self,
+        adapters: Mapping[str, ServedAdapter],
+        gate: Gate,
+        keys: Doorkeeper | None,
+        on_query: Callable[[str, codec.Query], None] | None,
+        visits: Visits,
+    ) -> None:
+        self._visits = visits
+        self.adapters = dict(adapters)
+        self._gate = gate
+        self._keys = keys
+        self._on_query = on_query
+
+    def service(self, details: Any) -> Any:
+        """gRPC's hook: the handler of a method name, or None."""
+        return grpc.stream_stream_rpc_method_handler(self._session) if details.method == codec.METHOD else None
+
+    def _session(self, requests: Iterator[bytes], context: Any) -> Iterator[bytes]:
+        # A client that connects and says nothing may not occupy a session for ever.
+        impatience = threading.Timer(HELLO_SECONDS, context.cancel)
+        impatience.daemon = True
+        visit: Visit | None = None
+        reason, detail = "silent", ""
+        try:
+            visit = self._visits.enter()
+            impatience.start()
+            first = next(requests, None)
+            impatience.cancel()
+            if first is not None:
+                reason = "error"
+                yield from self._serve(codec.decode_client(first), requests, visit)
+                reason = "left"
+        except (grpc.RpcError, GeneratorExit):
+            reason = "left" if visit is not None and visit.adapter else reason
+            raise
+        except Rejected as rejected:
+            reason = rejected.reason
+            context.abort(rejected.status, str(rejected))
+        except ProtocolError as error:
+            reason, detail = "malformed", str(error)
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        finally:
+            impatience.cancel()
+            if visit is not None:
+                self._visits.leave(visit, reason, detail)
+
+    def _serve(self, hello: codec.ClientMessage, requests: Iterator[bytes], visit: Visit) -> Iterator[bytes]:
+        client, adapter = self._admit(hello)
+        name = hello.adapter if isinstance(hello, codec.Hello) else ""
+        visit.admitted(client.identity, name)
+        size = len(adapter.published)
+        yield codec.encode_server(codec.Welcome(codec.VERSION, adapter.digest, size, adapter.max_rows))
+        if isinstance(hello, codec.Hello) and hello.have_digest != adapter.digest:
+            for offset in range(0, size, codec.CHUNK):
+                yield codec.encode_server(codec.Chunk(offset, adapter.published[offset : offset + codec.CHUNK]))
+            visit.sent(size)
+        visit.rest()
+        session = opened(adapter, requests)
+        for seq, raw in enumerate(requests, start=1):
+            begun = visit.asked()
+            if self.adapters[name] is not adapter:
+                raise Rejected(grpc.StatusCode.ABORTED, "the adapter was replaced by its vendor", "replaced")
+            query = codec.decode_client(raw)
+            if not isinstance(query, codec.Query) or query.seq != seq:
+                raise ProtocolError(f"query number {seq} was expected")
+            if self._on_query is not None:
+                self._on_query(name, query)
+            reply = self._reply(client, name, session, query, visit)
+            data = codec.encode_server(reply)
+            if isinstance(reply, codec.Answer):
+                visit.answered(begun, query.rows, len(raw), len(data))
+            yield data
+            visit.rest()
+
+    def _admit(self, hello: codec.ClientMessage) -> tuple[Admitted, ServedAdapter]:
+        """The client, and the adapter that it asks for. Raises ``ProtocolError`` or ``Rejected``."""
+        if not isinstance(hello, codec.Hello):
+            raise ProtocolError("a session begins with Hello")
+        if hello.version != codec.VERSION:
+            raise Rejected(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"protocol version {hello.version} is not served here, only {codec.VERSION}",
+                "version",
+            )
+        client = self._identify(hello)
+        adapter = self.adapters.get(hello.adapter)
+        if adapter is None:
+            raise Rejected(grpc.StatusCode.NOT_FOUND, "no adapter of that name is served here", "adapter")
+        return client, adapter
+
+    def _identify(self, hello: codec.Hello) -> Admitted:
+        """Before the adapter is looked up: who has no key does not learn which there are. Raises ``Rejected``."""
+        if self._keys is None:
+            if hello.key:
+                raise Rejected(
+                    grpc.StatusCode.UNAUTHENTICATED, "this server knows no API keys; connect without one", "key"
+                )
+            return Anyone()
+        if not hello.key:
+            raise Rejected(
+                grpc.StatusCode.UNAUTHENTICATED, "this server asks for an API key, which its vendor makes", "key"
+            )
+        try:
+            return self._keys.admit(hello.key, hello.adapter)
+        except KeyRejectedError as error:
+            raise Rejected(grpc.StatusCode.UNAUTHENTICATED, str(error), "key") from None
+        except RefusedError as error:
+            raise Rejected(grpc.StatusCode.PERMISSION_DENIED, str(error), "database") from None
+
+    def _reply(
+        self, client: Admitted, name: str, adapter: ServedAdapter, query: codec.Query, visit: Visit
+    ) -> codec.Answer | codec.Refusal:
+        """The answer, or a refusal that leaves the session open."""
+        try:
+            adapter.half.check(query.layers, query.rows, len(query.data))
+            limit = min(adapter.max_rows, codec.max_rows(1, adapter.answer_size(query.layers)))
+            if query.rows > limit:
+                raise ProtocolError(f"{query.rows} rows in a query; at most {limit} are answered")
+            client.check()
+            modules = [adapter.publication.layers[index].outputs[0][0] for index in query.layers]
+            self._gate.reserve_all(client.identity, name, modules, query.rows)
+            return codec.Answer(query.seq, adapter.half.answer(query.layers, query.rows, query.data))
+        except ProtocolError as error:
+            visit.turned_down("malformed")
+            return codec.Refusal(query.seq, budget=False, message=str(error))
+        except KeyRejectedError as error:
+            visit.turned_down("key")
+            raise Rejected(grpc.StatusCode.UNAUTHENTICATED, str(error), "key") from None
+        except RefusedError as error:
+            spent = isinstance(error, BudgetExceededError)
+            visit.turned_down("budget" if spent else "database")
+            return codec.Refusal(query.seq, budget=spent, message=str(error))

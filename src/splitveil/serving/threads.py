@@ -1,0 +1,41 @@
+"""A thread a session."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from typing import Any
+
+from splitveil.serving.ending import end
+
+
+class SessionThreads(Executor):
+    """A thread a session; how many there are is limited by gRPC.
+
+    Unlike those of a ``ThreadPoolExecutor`` they end with their session, and a program that ends without closing its
+    server is not kept alive by them.
+    """
+
+    def __init__(self) -> None:
+        self._running: set[threading.Thread] = set()
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Runs the call in a thread of its own."""
+        future: Future[Any] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(fn(*args, **kwargs))
+            except BaseException as error:  # noqa: BLE001 - whose it is, the future's reader decides
+                future.set_exception(error)
+            finally:
+                self._running.discard(thread)
+
+        thread = threading.Thread(target=run, name="splitveil-session", daemon=True)
+        self._running.add(thread)
+        thread.start()
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Waits for the sessions, which the server has ended."""
+        if wait:
+            end(list(self._running))
