@@ -35,6 +35,7 @@ BRUTE = 6
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared", type=Path, default=Path(__file__).resolve().parents[2] / "shared")
+    parser.add_argument("--models", default="stories3M,embedded", help="with commas")
     parser.add_argument("--cuts", default="0,1,2,3,4,5,6", help="with commas")
     parser.add_argument("--defences", default="none,bfloat16,int8", help="with commas")
     options = parser.parse_args()
@@ -48,7 +49,8 @@ def main() -> None:
     print(f"| {' | '.join(columns)} |")
     print("|" + "---|" * len(columns))
     brute: list[str] = []
-    for name, path in {"stories3M": options.shared / "models/stories3M", "embedded": folder("base")}.items():
+    paths = {"stories3M": options.shared / "models/stories3M", "embedded": folder("base")}
+    for name, path in {name: paths[name] for name in options.models.split(",")}.items():
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
         tokens = prompts(AutoTokenizer.from_pretrained(path), options.shared)
         for block in map(int, options.cuts.split(",")):
