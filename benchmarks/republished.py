@@ -1,9 +1,11 @@
 """How many publications of the same weights show ΔW·ΔWᵀ: a layer of the embedded clinic, or of --adapter.
 
-python benchmarks/republished.py
+python benchmarks/republished.py              each in a gauge of its own
+python benchmarks/republished.py --gauge-key  all in the one that a vendor's key gives, as `splitveil serve` publishes
 """
 
 import argparse
+import os
 import time
 from pathlib import Path
 
@@ -22,6 +24,7 @@ def main() -> None:
     parser.add_argument("--adapter", type=Path, default=folder("clinic"))
     parser.add_argument("--layer", type=int, default=0)
     parser.add_argument("--counts", default="1,50,100,136,200,300,400")
+    parser.add_argument("--gauge-key", action="store_true")
     options = parser.parse_args()
     counts = [int(count) for count in options.counts.split(",")]
     spec = layer_specs(load_adapter(options.adapter).modules)[options.layer]
@@ -29,7 +32,8 @@ def main() -> None:
         parser.error("a layer of full rank has no gauge")
     delta = spec.scale * spec.B.astype(np.float64) @ spec.A.astype(np.float64)
     # Q, step and ρ are the same under any parameter set, and this one publishes quickly.
-    published = [publish([spec], noise=0.0, parameters=INSECURE_TEST)[1] for _ in range(max(counts))]
+    key = os.urandom(32) if options.gauge_key else None
+    published = [publish([spec], noise=0.0, parameters=INSECURE_TEST, gauge_key=key)[1] for _ in range(max(counts))]
     print(f"{spec.outputs[0][0]}: rank {min(spec.B.shape)}\n")
     print("| publications | error of ΔW·ΔWᵀ | misfit | s |\n|---|---|---|---|")
     for count in counts:

@@ -1,4 +1,4 @@
-"""Many publications of the same weights show ΔW·ΔWᵀ within span(B): a known gap, kept here as an attack that works."""
+"""Many publications of the same weights in fresh gauges show ΔW·ΔWᵀ within span(B); under a gauge key they do not."""
 
 import numpy as np
 import pytest
@@ -12,15 +12,38 @@ from splitveil.private.published import Publication
 RANK, WIDTH, FEATURES = 4, 256, 24
 
 
-def case() -> tuple[list[Publication], np.ndarray]:
+def case(gauge_key: bytes | None = None) -> tuple[list[Publication], np.ndarray]:
     rng = np.random.default_rng(2)
     a = rng.standard_normal((RANK, WIDTH)).astype(np.float32)
     b = (rng.standard_normal((FEATURES, RANK)) * 0.7 ** np.arange(RANK)).astype(np.float32)
     spec = LayerSpec(a, b, 1.0, (("m", FEATURES),))
     # The parameter set has no part in it: ρ, step and Q are the same under any.
-    published = [publish([spec], noise=0.0, parameters=INSECURE_TEST)[1] for _ in range(80)]
+    published = [publish([spec], noise=0.0, parameters=INSECURE_TEST, gauge_key=gauge_key)[1] for _ in range(80)]
     delta = b.astype(np.float64) @ a.astype(np.float64)
     return published, delta @ delta.T
+
+
+def test_in_one_gauge_eighty_publications_show_what_one_does() -> None:
+    published, truth = case(bytes(range(32)))
+    first = published[0].layers[0]
+    for publication in published[1:]:
+        layer = publication.layers[0]
+        assert (layer.norm_bound, layer.step) == (first.norm_bound, first.step)
+        np.testing.assert_array_equal(layer.Q, first.Q)
+    assert len({publication.seed for publication in published}) == 80
+    assert (
+        len(
+            {
+                publication.layers[0].hint.tobytes()
+                for publication in published
+                if publication.layers[0].hint is not None
+            }
+        )
+        == 80
+    )
+    found = gram(published, 0)
+    wanted = found.frame.T @ truth @ found.frame
+    assert np.linalg.norm(found.values - wanted) > 0.1 * np.linalg.norm(wanted)
 
 
 def test_enough_publications_show_the_gram_matrix_and_few_do_not() -> None:

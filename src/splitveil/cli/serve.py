@@ -53,6 +53,12 @@ _OPTIONS: list[Callable[..., Callable[..., None]]] = [
     click.option("--log-json", is_flag=True, help="Log one JSON object a line instead of text."),
     click.option("--log-identities", is_flag=True, help="Name clients in the log; without it nothing does."),
     click.option(
+        "--gauge-key",
+        type=click.Path(path_type=Path, dir_okay=False),
+        metavar="FILE",
+        help="A secret that is kept from start to start, made where there is none; by default below ~/.local/state.",
+    ),
+    click.option(
         "--drain",
         default=10.0,
         show_default=True,
@@ -86,6 +92,7 @@ def serve(
     metrics: str | None,
     log_json: bool,
     log_identities: bool,
+    gauge_key: Path | None,
     drain: float,
 ) -> None:
     """Serve private adapters until interrupted.
@@ -129,12 +136,13 @@ def serve(
         allow_plaintext=allow_plaintext,
         metrics=metrics,
         log_identities=log_identities,
+        gauge_key=gauge_key,
     )
     with server:
         run(
             server,
             drain=drain,
-            reload=lambda told: reload(server, folders, noise=noise, engine=engine, stop=told),
+            reload=lambda told: reload(server, folders, noise=noise, engine=engine, gauge_key=gauge_key, stop=told),
             announce=lambda: _announce(server),
         )
 

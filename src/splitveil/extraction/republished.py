@@ -1,4 +1,6 @@
-"""Several publications of the same weights: what ρ gives away when it is published again and again.
+"""Several publications of the same weights: what ρ gives away when it is published in many gauges.
+
+A server with a gauge key publishes the same weights in one gauge (``private.core.gauged``), and this finds nothing.
 
 ρ is the longest row of the core in the gauge of that publication, which Q shows: (ρ·step)² = max_j q_jᵀ·G·q_j for the
 columns q_j of Q and G = ΔW·ΔWᵀ. Every publication draws a new gauge and adds one such equation about the r(r+1)/2

@@ -1,5 +1,6 @@
 """The low-rank core of a private map, in a random orthonormal gauge, as integers (protocol design, section 1)."""
 
+import hashlib
 import math
 from dataclasses import dataclass, field
 
@@ -8,7 +9,7 @@ from numpy.typing import NDArray
 
 from splitveil.errors import NonFiniteError
 from splitveil.lattice.parameters import Q
-from splitveil.lattice.randomness import secret_normals
+from splitveil.lattice.randomness import derived_key, secret_normals
 from splitveil.lattice.ring import MAX_SMALL_NORM
 from splitveil.private.published import MAX_STEP
 
@@ -39,18 +40,26 @@ class IntegerCore:
     """ρ: no row of ``values`` is longer, in the 2-norm."""
 
 
-def haar_orthogonal(size: int) -> F64:
-    """A (size, size) orthogonal matrix from the Haar measure, out of secret randomness (Mezzadri 2007)."""
-    q, r = np.linalg.qr(secret_normals(size * size).reshape(size, size))
+def haar_orthogonal(size: int, key: bytes | None = None) -> F64:
+    """A (size, size) orthogonal matrix from the Haar measure, out of secret randomness (Mezzadri 2007).
+
+    A fresh one, unless ``key`` says which (``randomness.secret_bytes``).
+    """
+    q, r = np.linalg.qr(secret_normals(size * size, key).reshape(size, size))
     result: F64 = q * np.where(np.diag(r) < 0, -1.0, 1.0)
     return result
 
 
-def gauged(spec: LayerSpec) -> tuple[F64 | None, F64]:
+def gauged(spec: LayerSpec, gauge_key: bytes | None = None) -> tuple[F64 | None, F64]:
     """(Q, C) with orthonormal Q and ``scale·B·A = Q·C``, Q showing span(B) and nothing else of B.
 
     Q is (d_out, k), C is (k, d_in), k = min(r, d_out). Without the random rotation the QR's triangular order and row
     norms would be published too. For ``B = None`` Q is None, which stands for the identity.
+
+    The rotation is fresh, or, with ``gauge_key`` (32 secret bytes of the vendor's), a function of that key and the
+    weights. What is published of a core depends on the rotation a little, and many publications of the same weights
+    under fresh ones add up; under one, they say no more than the first. Other weights get an unrelated rotation.
+
     Raises ``NonFiniteError`` for NaN or infinity in A, B or the scale.
     """
     if not math.isfinite(spec.scale):
@@ -62,8 +71,19 @@ def gauged(spec: LayerSpec) -> tuple[F64 | None, F64]:
     if spec.B is None:
         return None, a
     q, r = np.linalg.qr(spec.B.astype(np.float64))
-    rotation = haar_orthogonal(q.shape[1])
+    key = None if gauge_key is None else derived_key(gauge_key, b"gauge", _fingerprint(spec))
+    rotation = haar_orthogonal(q.shape[1], key)
     return q @ rotation, rotation.T @ (r @ a)
+
+
+def _fingerprint(spec: LayerSpec) -> bytes:
+    """A hash of everything that the map is; secret, as the weights are."""
+    digest = hashlib.sha256(np.float64(spec.scale).tobytes())
+    for matrix in (spec.A, spec.B):
+        if matrix is not None:
+            digest.update(np.array(matrix.shape, dtype="<u8").tobytes())
+            digest.update(np.ascontiguousarray(matrix, dtype="<f4").tobytes())
+    return digest.digest()
 
 
 def core_rms(width: int) -> float:

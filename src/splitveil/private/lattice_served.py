@@ -94,11 +94,14 @@ class LatticeServed:
         return b"".join(parts)
 
 
-def publish(specs: Sequence[LayerSpec], *, noise: float, parameters: ParameterSet) -> tuple[LatticeServed, Publication]:
+def publish(
+    specs: Sequence[LayerSpec], *, noise: float, parameters: ParameterSet, gauge_key: bytes | None = None
+) -> tuple[LatticeServed, Publication]:
     """Splits private maps into what is served and what is published.
 
-    Every call draws a fresh id, seed, gauge, pad and hint error: publishing changed weights under old randomness would
-    publish their difference. Raises ``ConfigurationError`` for a noise outside [0, 10], ``NonFiniteError`` for weights
+    Every call draws a fresh id, seed, pad and hint error: publishing changed weights under old randomness would
+    publish their difference. The gauge is fresh too, or, with ``gauge_key``, that of these weights (``core.gauged``).
+    Raises ``ConfigurationError`` for a noise outside [0, 10], ``NonFiniteError`` for weights
     that are not finite.
     """
     if not 0 <= noise <= MAX_NOISE:
@@ -107,7 +110,7 @@ def publish(specs: Sequence[LayerSpec], *, noise: float, parameters: ParameterSe
     elements: dict[int, list[FixedElement]] = {}
     public, secret = [], []
     for spec in specs:
-        q, real = gauged(spec)
+        q, real = gauged(spec, gauge_key)
         core: IntegerCore = integer_core(real)
         rank, width = core.values.shape
         if width not in elements:

@@ -24,8 +24,12 @@ def publish(
     engine: str = "lattice",
     parameters: ParameterSet = DEFAULT,
     allow_insecure: bool = False,
+    gauge_key: bytes | None = None,
 ) -> tuple[ServedHalf, Publication]:
     """Splits private maps into the vendor's served half and the publication.
+
+    ``gauge_key``, 32 secret bytes that a vendor keeps, has the same weights published in the same gauge every time;
+    the lattice engine needs it where weights are published more than a few times. The sealed engine shows no gauge.
 
     Raises ``ConfigurationError`` for an unknown engine, for the sealed one where seal-python is not installed, and for
     the plain engine or an ``insecure_…`` parameter set unless ``allow_insecure``.
@@ -38,7 +42,7 @@ def publish(
         return ckks.publish(specs, noise=noise)
     if engine != "lattice":
         raise ConfigurationError(f"unknown engine {engine!r}; expected 'lattice' or 'sealed'")
-    return lattice_served.publish(specs, noise=noise, parameters=parameters)
+    return lattice_served.publish(specs, noise=noise, parameters=parameters, gauge_key=gauge_key)
 
 
 def public_half(publication: Publication) -> PublicHalf:

@@ -66,10 +66,16 @@ def publish_adapter(
     engine: str = "lattice",
     parameters: ParameterSet = DEFAULT,
     allow_insecure: bool = False,
+    gauge_key: bytes | None = None,
 ) -> ServedAdapter:
-    """Splits an adapter into its served and its published half. Raises as ``private.layer.publish`` does."""
+    """Splits an adapter into its served and its published half. Arguments and errors: ``private.layer.publish``."""
     half, publication = publish(
-        layer_specs(adapter.modules), noise=noise, engine=engine, parameters=parameters, allow_insecure=allow_insecure
+        layer_specs(adapter.modules),
+        noise=noise,
+        engine=engine,
+        parameters=parameters,
+        allow_insecure=allow_insecure,
+        gauge_key=gauge_key,
     )
     published = publication.to_bytes()
     widest = max(row_sizes(publication), key=max)

@@ -9,6 +9,7 @@ from splitveil.errors import SplitveilError
 from splitveil.metering import Database, Keyring, LedgerGate, Site, locate
 from splitveil.serving.address import check_adapter_name
 from splitveil.serving.exposure import sites_of
+from splitveil.serving.gauge_key import gauge_key as read_gauge_key
 from splitveil.serving.publishing import ServedAdapter, publish_adapter
 from splitveil.serving.server import DEFAULT_SESSIONS, Server
 from splitveil.serving.tls import ServerTLS
@@ -29,6 +30,7 @@ def serve(
     allow_plaintext: bool = False,
     metrics: str | None = None,
     log_identities: bool = False,
+    gauge_key: str | PathLike[str] | None = None,
 ) -> Server:
     """Starts a server for PEFT adapter folders and returns it; use it as a context manager, or call ``close()``.
 
@@ -42,13 +44,19 @@ def serve(
 
     ``tls`` is needed to listen beyond this machine, unless ``allow_plaintext`` says that something else protects the
     way. ``metrics`` ("host:port") serves figures for Prometheus; ``log_identities`` lets the log name clients.
+    ``gauge_key`` is a file that is kept from start to start, by default in the user's state folder, and made where
+    there is none: without it, hundreds of starts would give away singular values of the weights.
 
     Raises ``AdapterError`` for a folder that cannot be served, ``ConfigurationError`` for an address, a certificate,
-    the noise, the limit or the ledger.
+    the noise, the limit, the gauge key or the ledger.
     """
     for name in adapters:
         check_adapter_name(name)
-    published = {name: _publish(folder, noise, engine) for name, folder in adapters.items()}
+    gauge = read_gauge_key(gauge_key)
+    published = {
+        name: publish_adapter(load_adapter(Path(folder)), noise=noise, engine=engine, gauge_key=gauge)
+        for name, folder in adapters.items()
+    }
     if ledger is None and limit is None:
         return Server(
             published,
@@ -86,13 +94,13 @@ def reload(
     *,
     noise: float = 0.0,
     engine: str = "lattice",
+    gauge_key: str | PathLike[str] | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> None:
     """Reads folders and certificates again, and publishes what has changed afresh; stops between two once ``stop()``.
 
     What does not load leaves what is served as it is, and is logged. A folder that holds what it held is not published
-    again: hundreds of publications of the same weights tell more of them than one does (SECURITY.md), and renewing a
-    certificate should not end anybody's session.
+    again: renewing a certificate should not end anybody's session.
     """
     server.renew_certificate()
     for name, folder in adapters.items():
@@ -101,7 +109,8 @@ def reload(
         try:
             loaded = load_adapter(Path(folder))
             if loaded.digest != server.source(name):
-                server.replace(name, publish_adapter(loaded, noise=noise, engine=engine))
+                gauge = read_gauge_key(gauge_key)
+                server.replace(name, publish_adapter(loaded, noise=noise, engine=engine, gauge_key=gauge))
         except SplitveilError as error:
             server.not_replaced(name, error)
 
@@ -117,7 +126,3 @@ def metered(published: Mapping[str, ServedAdapter], database: Database, limit: i
 def sites(adapter: ServedAdapter, limit: int | None) -> Mapping[str, Site]:
     """The layers of an adapter as the ledger knows them, with what the leakage function needs of each."""
     return sites_of(adapter, limit)
-
-
-def _publish(folder: str | PathLike[str], noise: float, engine: str) -> ServedAdapter:
-    return publish_adapter(load_adapter(Path(folder)), noise=noise, engine=engine)
