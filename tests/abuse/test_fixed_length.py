@@ -179,6 +179,32 @@ def test_a_streamer_gets_the_answer_and_nothing_after_it(plain: PreTrainedModel,
     assert (got.given, got.ended) == (expected.given, 1)
 
 
+def test_a_streamer_takes_no_time_during_the_schedule(fixed: PreTrainedModel, watch: Watch) -> None:
+    """Showing a token takes time, and after the end there is none to be shown: the pauses would tell."""
+    calls: list[int] = []
+
+    class Slow(Texts):
+        def put(self, tokens: Tensor) -> None:
+            calls.append(len(watch.seen))
+
+    watch.seen.clear()
+    generate(fixed, streamer=Slow())
+    assert calls == [2 * STEPS] * (STEPS + 1)
+
+
+def test_rows_stay_the_same_where_a_prompt_has_several_answers(fixed: PreTrainedModel, watch: Watch) -> None:
+    def broken(batch: int, ids: Tensor) -> list[int]:
+        if ids.shape[0] == 8:
+            raise ValueError("the caller's own")
+        return list(range(64))
+
+    several = {"do_sample": True, "num_return_sequences": 3}
+    _, usual = watch.during(lambda: generate(fixed, **several))
+    error, seen = watch.during(lambda: generate(fixed, prefix_allowed_tokens_fn=broken, **several))
+    assert isinstance(error, ValueError)
+    assert seen == usual
+
+
 @pytest.mark.parametrize("after", [1, 2, 7, 2 * STEPS - 1])
 def test_a_refusal_is_reported_after_the_schedule(
     plain: PreTrainedModel, fixed: PreTrainedModel, watch: Watch, after: int

@@ -250,13 +250,13 @@ def test_other_paths_and_broken_requests(vendor: Vendor) -> None:
 def test_a_connection_that_says_nothing_holds_up_neither_metrics_nor_the_end(
     layers: ServedAdapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exposition._Handler, "timeout", 0.5)
+    monkeypatch.setattr(exposition, "REQUEST_SECONDS", 0.5)
     server = Server({ADAPTER: layers}, "127.0.0.1:0", metrics="127.0.0.1:0")
     assert server.metrics_address is not None
     host, _, port = server.metrics_address.rpartition(":")
     with socket.create_connection((host, int(port))):
         assert "splitveil_sessions_open" in page(server)
-    monkeypatch.setattr(exposition._Handler, "timeout", 60.0)
+    monkeypatch.setattr(exposition, "REQUEST_SECONDS", 60.0)
     with socket.create_connection((host, int(port))):
         time.sleep(0.2)
         began = time.monotonic()

@@ -114,3 +114,9 @@ def test_generate_refuses(tmp_path: Path) -> None:
     one_line_error(run("generate", "--base", str(tmp_path), *where, "--prompt", "hello"), "cannot be loaded")
     one_line_error(run("generate", "--base", str(tmp_path), *where, "--prompt", " "), "empty")
     one_line_error(run("generate", "--base", "embedded:other", *where, "--prompt", "hello"), "embedded")
+
+
+def test_what_a_terminal_would_obey_is_not_shown_there() -> None:
+    from splitveil.cli.generate import harmless
+
+    assert harmless("a\x1b[2Jb\x07\r\x9bc\nd\té 東") == "a[2Jbc\nd\té 東"

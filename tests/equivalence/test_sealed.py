@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import splitveil
 from equivalence.support import greedy, logits, random_model, tiny_llama
 from splitveil.embedded import folder
+from splitveil.errors import ConfigurationError
 from splitveil.serving.connect import connection
 
 PROMPT = "Q: asthma?"
@@ -33,7 +34,9 @@ def test_tokens_of_the_embedded_default_are_pefts() -> None:
     expected = greedy(peft, prompt, NEW_TOKENS)
     assert not torch.equal(expected, greedy(base, prompt, NEW_TOKENS)), "the adapter changes nothing here"
     with splitveil.serve({"clinic": folder("clinic")}, "127.0.0.1:0", engine="sealed") as server:
-        model = splitveil.connect(base, server.address, adapter="clinic")
+        with pytest.raises(ConfigurationError, match="served by the sealed engine, and the lattice one was asked for"):
+            splitveil.connect(base, server.address, adapter="clinic")
+        model = splitveil.connect(base, server.address, adapter="clinic", engine="sealed")
         try:
             assert connection(model).session.publication.engine == "sealed"
             assert torch.equal(greedy(model, prompt, NEW_TOKENS), expected)
@@ -89,6 +92,8 @@ def test_through_the_command_line(tiny: tuple[Path, Path, list[int]], tmp_path: 
             lines[-1].split()[2],
             "--adapter",
             "tiny",
+            "--engine",
+            "sealed",
             "--json",
         ]
         done = subprocess.run(

@@ -131,7 +131,8 @@ def test_large_draws_take_little_memory_at_a_time(monkeypatch: pytest.MonkeyPatc
 
 def test_secret_uniforms_lie_strictly_between_0_and_1(monkeypatch: pytest.MonkeyPatch) -> None:
     for word in (0, 2**64 - 1):
-        monkeypatch.setattr(randomness, "secret_words", lambda count, word=word: np.full(count, word, dtype=np.uint64))
+        words = np.array([word], dtype=np.uint64)
+        monkeypatch.setattr(randomness, "secret_words", lambda count, key=None, words=words: words.repeat(count))
         assert 0 < randomness.secret_uniforms(1)[0] < 1
         assert np.isfinite(randomness.secret_normals(3)).all()
 

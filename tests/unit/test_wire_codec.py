@@ -164,3 +164,28 @@ def test_keys_are_sent_in_full_chunks() -> None:
         raw = pb.ClientMessage(keys=pb.KeyChunk(data=bytes(size))).SerializeToString()
         with pytest.raises(ProtocolError, match="chunk of keys"):
             codec.decode_client(raw)
+
+
+@pytest.mark.parametrize(
+    "unit", [b"\n\0\x12\0", b"\n\0", b"\xfa\x01\0", b"\x08\0", b"\r\0\0\0\0", b"\t\0\0\0\0\0\0\0\0"]
+)
+def test_a_message_of_millions_of_fields_is_refused_before_it_is_parsed(
+    unit: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Protobuf would make an object for every one of them."""
+    data = unit * (codec.MAX_MESSAGE // len(unit))
+    for name in ("ClientMessage", "ServerMessage"):
+        monkeypatch.setattr(codec.pb, name, lambda: None)  # who parses nothing, needs no parser
+    for decode in (codec.decode_client, codec.decode_server):
+        with pytest.raises(ProtocolError, match="more than 8 fields"):
+            decode(data)
+
+
+def test_a_first_message_is_short() -> None:
+    hello = codec.encode_client(
+        codec.Hello(codec.VERSION, "a" * codec.MAX_ADAPTER_NAME, bytes(32), "k" * codec.MAX_TEXT)
+    )
+    assert len(hello) < codec.MAX_HELLO
+    assert isinstance(codec.decode_client(hello, codec.MAX_HELLO), codec.Hello)
+    with pytest.raises(ProtocolError, match="4097 is over the limit of 4096"):
+        codec.decode_client(bytes(4097), codec.MAX_HELLO)

@@ -226,7 +226,7 @@ def publications() -> Json:
         changed(f"{key} is true", lambda h, key=key: h["layers"][0].update({key: True}))
     for key, values in {
         "format": ["splitveil-publication-2"],
-        "engine": ["Lattice", "sealed"],
+        "engine": ["Lattice"],
         "id": [ID[1:].hex(), ID.hex() + "00", "zz" * 16],
         "seed": [SEED[1:].hex(), SEED.hex().replace("6", "六")],
         "noise": [-0.01, 10.5, float("nan"), float("inf")],
@@ -234,6 +234,8 @@ def publications() -> Json:
     }.items():
         for value in values:
             changed(f"{key} = {value!r}", lambda h, key=key, value=value: h.update({key: value}))
+    # The sealed engine has parameters of its own.
+    changed("engine = 'sealed'", lambda h: h.update(engine="sealed"), "ParameterError")
     for value in ("lattice-1024-512", "insecure_", ""):
         changed(f"parameters = {value!r}", lambda h, value=value: h.update(parameters=value), "ParameterError")
     for key, values in {

@@ -9,6 +9,7 @@ code as well and is not converted.
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -178,6 +179,11 @@ def read_config(folder: Path) -> tuple[dict[str, Any], Shape]:
         value = given.get(name, None if name in _NEEDED_IN_WORDS else values[0])
         if value not in values:
             raise BaseModelError(f"{folder}: {name} is {value!r}, expected {values[0]!r}; it is another architecture")
+    if _real(given, "rope_ratio", 1.0, folder) != 1:
+        raise BaseModelError(
+            f"{folder}: rope_ratio is {given['rope_ratio']!r}; versions of ChatGLM mean different things by it "
+            "(positions divided, or a larger base), so only 1 is converted"
+        )
     numbers = {name: given.get(name) for name in _NUMBERS}
     for name, value in numbers.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -200,13 +206,13 @@ def read_config(folder: Path) -> tuple[dict[str, Any], Shape]:
         "head_dim": shape.head,
         "hidden_act": "silu",
         "max_position_embeddings": n["seq_length"],
-        "rms_norm_eps": float(given.get("layernorm_epsilon", 1e-5)),
+        "rms_norm_eps": _real(given, "layernorm_epsilon", 1e-5, folder),
         "attention_bias": True,
         "attention_dropout": 0.0,
         "tie_word_embeddings": False,
         "rope_parameters": {
             "rope_type": "default",
-            "rope_theta": ROPE_BASE * float(given.get("rope_ratio", 1)),
+            "rope_theta": ROPE_BASE,
             "partial_rotary_factor": 0.5,
         },
         "bos_token_id": given.get("bos_token_id", 1),
@@ -214,6 +220,13 @@ def read_config(folder: Path) -> tuple[dict[str, Any], Shape]:
         "pad_token_id": given.get("pad_token_id", 0),
         "dtype": str(given.get("torch_dtype", "float16")),
     }, shape
+
+
+def _real(given: dict[str, Any], name: str, absent: float, folder: Path) -> float:
+    value = given.get(name, absent)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise BaseModelError(f"{folder}: {name} is {value!r}; a positive number was expected")
+    return float(value)
 
 
 def _is_chatglm(folder: Path) -> bool:

@@ -28,6 +28,13 @@ _OPTIONS = [
     *tls_options,
     click.option("--max-new-tokens", default=128, show_default=True, type=click.IntRange(1)),
     click.option(
+        "--engine",
+        type=click.Choice(["lattice", "sealed"]),
+        default="lattice",
+        show_default=True,
+        help="How the adapter must be served; another one is refused.",
+    ),
+    click.option(
         "--fixed-length",
         is_flag=True,
         help="Always take --max-new-tokens steps, so that the server cannot see where an answer ends.",
@@ -122,9 +129,26 @@ def _connected(where: dict[str, Any]) -> tuple[Any, Any]:
             tls=tls,
             allow_plaintext=where["allow_plaintext"],
             fixed_length=where["fixed_length"],
+            engine=where["engine"],
             progress=lambda done, total: bar.update(task, completed=done, total=total, visible=True),
         )
     return model, tokenizer
+
+
+def _streamer(tokenizer: Any) -> Any:
+    """Prints the answer as it comes; to a terminal, without control characters, which a server could steer towards."""
+    from transformers import TextStreamer
+
+    class Printed(TextStreamer):  # type: ignore[misc]  # transformers has no types
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            super().on_finalized_text(harmless(text) if sys.stdout.isatty() else text, stream_end)
+
+    return Printed(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+
+def harmless(text: str) -> str:
+    """``text`` with nothing in it that a terminal would obey, but line breaks and tabs."""
+    return "".join(c for c in text if c.isprintable() or c in "\n\t")
 
 
 def _answer(
@@ -132,7 +156,6 @@ def _answer(
 ) -> dict[str, Any]:
     """Generates, and measures what it took."""
     import torch
-    from transformers import TextStreamer
 
     from splitveil.serving.connect import connection
 
@@ -148,7 +171,7 @@ def _answer(
         )
     traffic = connection(model).session.traffic
     sent, received = traffic.sent, traffic.received
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
+    streamer = _streamer(tokenizer) if stream else None
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     begun = time.perf_counter()
     try:

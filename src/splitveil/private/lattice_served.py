@@ -22,6 +22,9 @@ I32 = NDArray[np.int32]
 U32 = NDArray[np.uint32]
 
 
+_MOST_SITES = 4096
+
+
 @dataclass(frozen=True)
 class _SecretLayer:
     """What never leaves the vendor: the integer core and its pad, side by side, (rank, d + n_pad)."""
@@ -63,6 +66,7 @@ class LatticeServed:
     def __init__(self, publication: Publication, secret: Sequence[_SecretLayer]) -> None:
         self._publication = publication
         self._secret = tuple(secret)
+        self._row_sizes: dict[tuple[int, ...], int] = {}
 
     def __repr__(self) -> str:
         return f"LatticeServed({len(self._secret)} layers)"
@@ -72,14 +76,22 @@ class LatticeServed:
 
     def check(self, layers: Sequence[int], rows: int, size: int) -> None:
         """Raises ``ProtocolError``, with one constant text each, unless the query fits."""
+        size_of_row = self._row_sizes.get(tuple(layers)) or self._row_size(layers)
+        if rows < 1 or size != rows * size_of_row:
+            raise ProtocolError("the query's length does not fit its layers and rows")
+
+    def _row_size(self, layers: Sequence[int]) -> int:
+        """Bytes of a query row for these layers, remembered: sites are few. Raises ``ProtocolError``."""
         published = self._publication.layers
         if not layers or len(set(layers)) != len(layers) or not all(0 <= i < len(published) for i in layers):
             raise ProtocolError("the query names a layer that the publication does not have, or one twice, or none")
         widths = {published[i].width for i in layers}
         if len(widths) != 1:
             raise ProtocolError("the query names layers of different input widths")
-        if rows < 1 or size != 4 * rows * self._publication.parameters.query_width(widths.pop()):
-            raise ProtocolError("the query's length does not fit its layers and rows")
+        size = 4 * self._publication.parameters.query_width(widths.pop())
+        if len(self._row_sizes) < _MOST_SITES:  # a client may name layers in any order
+            self._row_sizes[tuple(layers)] = size
+        return size
 
     def answer(self, layers: Sequence[int], rows: int, query: bytes) -> bytes:
         """answer_j = ⟨[C_j | P_j], query⟩ + g_j: little-endian uint32, the layers' (rows, rank) blocks one by one."""

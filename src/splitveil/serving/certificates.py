@@ -27,7 +27,7 @@ def read_pair(certificate: Path, key: Path) -> tuple[bytes, bytes, x509.Certific
         private = load_pem_private_key(secret, None)
     except TypeError:
         raise ConfigurationError(
-            f"the private key {key} has a passphrase; a server cannot type it: remove it"
+            f"the private key {key} has a passphrase, which nobody is asked for here: remove it"
         ) from None
     except (ValueError, UnsupportedAlgorithm):
         raise ConfigurationError(f"{key} holds no private key in PEM form (-----BEGIN PRIVATE KEY-----)") from None
@@ -62,7 +62,7 @@ def system_authorities() -> bytes:
     found = [ssl.DER_cert_to_PEM_cert(one) for one in context.get_ca_certs(binary_form=True)]
     if not found and paths.capath:
         found = [
-            _read(file, "certificate").decode("ascii", "replace") for file in sorted(Path(paths.capath).glob("*.0"))
+            _read(file, "certificate").decode("ascii", "ignore") for file in sorted(Path(paths.capath).glob("*.0"))
         ]
     if not found:
         raise ConfigurationError("this machine has no list of certificate authorities; name the server's with --tls-ca")

@@ -18,6 +18,7 @@ from splitveil.serving.session import Session
 from splitveil.serving.tls import ClientCredentials, ClientTLS
 
 Model = TypeVar("Model", bound=nn.Module)
+_ENGINES = ("lattice", "sealed")
 _connected: "weakref.WeakKeyDictionary[nn.Module, Adapter]" = weakref.WeakKeyDictionary()
 _finalizers: "weakref.WeakKeyDictionary[nn.Module, weakref.finalize[..., Any]]" = weakref.WeakKeyDictionary()
 
@@ -34,6 +35,7 @@ def connect(
     cache: PublicationCache | None = None,
     progress: Callable[[int, int], None] | None = None,
     fixed_length: bool = False,
+    engine: str = "lattice",
     allow_insecure: bool = False,
 ) -> Model:
     """Attaches a private adapter, served at ``address`` ("host:port"), to a local base model, and returns that model.
@@ -50,6 +52,8 @@ def connect(
 
     With ``fixed_length`` every ``generate()`` takes as many steps as ``max_new_tokens`` allows, whatever it says, and
     reports errors after the last one, so that neither the number of messages nor their pace shows where it stopped.
+    ``engine`` is "lattice" or "sealed": an adapter that is served by the other one is refused, for the two protect the
+    user differently (docs/design/sealed.md).
 
     Raises ``ConnectionFailedError``, ``UnknownAdapterError``, ``KeyRejectedError``, ``BaseModelError`` if the adapter
     is for another base, ``ConfigurationError`` if the model is connected already, or a certificate cannot be used.
@@ -72,6 +76,7 @@ def connect(
         credentials=None if tls is None else ClientCredentials.read(tls),
     )
     try:
+        _check_engine(session.publication.engine, engine)
         modules = locate(base_model, session.publication)
         half = public_half(session.publication)
         attached = Adapter(base_model, modules, half, session, pool_bytes=pool_bytes, fixed_length=fixed_length)
@@ -83,6 +88,15 @@ def connect(
     finalizer.atexit = False
     _finalizers[base_model] = finalizer
     return base_model
+
+
+def _check_engine(served: str, wanted: str) -> None:
+    # The plain engine, which is for tests, has been refused or allowed before.
+    if served in _ENGINES and served != wanted:
+        raise ConfigurationError(
+            f"this adapter is served by the {served} engine, and the {wanted} one was asked for; ask its vendor, or "
+            f"accept it with --engine {served} (docs/design/sealed.md says how they differ)"
+        )
 
 
 def disconnect(model: nn.Module) -> None:

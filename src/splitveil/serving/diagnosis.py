@@ -1,6 +1,6 @@
 """Why a connection did not come about: gRPC hides it, so the same handshake is tried again by the standard library.
 
-Nothing of the session is sent, no API key above all, and it takes at most ``PROBE_SECONDS``.
+Nothing of the session is sent, no API key above all, and no step of it waits longer than ``PROBE_SECONDS``.
 """
 
 import contextlib

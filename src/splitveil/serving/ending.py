@@ -8,12 +8,16 @@ work was done. Exit functions run before that point.
 import atexit
 import os
 import threading
+import time
 import weakref
+from collections.abc import Callable
 from typing import Protocol
 
 PATIENCE = 10.0
-"""Seconds that closing waits for one thread; all of ours end within milliseconds unless the machine is stuck."""
-
+"""Seconds that closing waits for threads, for all of them together; they end within milliseconds unless they compute
+something long, or the machine is stuck."""
+HURRIED = 0.5
+"""The same, for someone who has said not to wait."""
 
 SHUTTING_DOWN = "this server is shutting down"
 """What a server that drains says to clients, word for word: they tell it from a connection that broke by it."""
@@ -34,11 +38,24 @@ def close_at_exit(thing: Closable) -> None:
     _open[thing] = os.getpid()
 
 
-def end(threads: list[threading.Thread]) -> None:
-    """Waits for threads that were told to end; the one that calls is left out."""
+def never() -> bool:
+    """Nobody hurries."""
+    return False
+
+
+def end(threads: list[threading.Thread], hurry: Callable[[], bool] = never) -> None:
+    """Waits for threads that were told to end; the one that calls is left out.
+
+    For ``PATIENCE`` seconds in all, and for ``HURRIED`` once ``hurry()``; what has not ended by then is left behind.
+    """
+    begun = time.monotonic()
     for thread in threads:
-        if thread is not threading.current_thread():
-            thread.join(PATIENCE)
+        while thread is not threading.current_thread() and thread.is_alive():
+            # Asked every time: the order to hurry may come while we wait.
+            left = begun + (HURRIED if hurry() else PATIENCE) - time.monotonic()
+            if left <= 0:
+                return
+            thread.join(min(left, 0.05))
 
 
 def _close_all() -> None:

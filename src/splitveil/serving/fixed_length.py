@@ -51,7 +51,7 @@ class FixedLength:
     def generate(self, *args: Any, streamer: Any = None, **kwargs: Any) -> Tensor:
         """``generate`` of the model, for as many steps as it may take. Token ids, as without ``fixed_length``.
 
-        A streamer is told the text as it comes, and its end when the schedule ends.
+        A streamer gets the text after the last step: showing it takes time, and would stop where the text does.
 
         Raises ``ConfigurationError`` for what has no fixed schedule: several beams, drafts by another model, outputs
         other than token ids. What else fails on the way is raised after the last step.
@@ -66,7 +66,7 @@ class FixedLength:
         self._defer(failures)
         finished = False
         try:
-            shown = None if streamer is None else _Shown(streamer, run.notes)
+            shown = None if streamer is None else _Shown(run.notes)
             tokens = self._generate(*args, streamer=shown, **kwargs)
             finished = True
         finally:
@@ -78,6 +78,8 @@ class FixedLength:
                 run.end()
                 self._local.run = None
                 self._defer(None)
+        if shown is not None:
+            shown.give(streamer)
         if failures:
             raise type(failures[0])(*failures[0].args)
         return run.notes.cut(tokens)
@@ -118,7 +120,7 @@ class _Run:
         self._rows, self._prompt = prompt.shape
         self._passes = 0
         self._thread = threading.get_ident()
-        self._handle = model.register_forward_pre_hook(self._saw)
+        self._handle = model.register_forward_pre_hook(self._saw, with_kwargs=True)
 
     def pad(self) -> None:
         """The missing passes, on a token of no meaning, without a memory of the text: faster than real ones at most.
@@ -136,9 +138,12 @@ class _Run:
         """Counts no longer."""
         self._handle.remove()
 
-    def _saw(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _saw(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if threading.get_ident() == self._thread:
             self._passes += 1
+            ids = kwargs.get("input_ids", args[0] if args else None)
+            if isinstance(ids, Tensor):
+                self._rows = ids.shape[0]  # more than prompts, where several answers to each were asked for
 
 
 class _Notes:
@@ -184,15 +189,21 @@ _NEVER = 1 << 62
 
 
 class _Shown:
-    """Passes to a streamer what belongs to the answer."""
+    """Keeps for a streamer what belongs to the answer; every step costs the same, whether it does or not."""
 
-    def __init__(self, streamer: Any, notes: _Notes) -> None:
-        self._streamer = streamer
+    def __init__(self, notes: _Notes) -> None:
         self._notes = notes
+        self._kept: list[tuple[Tensor, bool]] = []
 
     def put(self, tokens: Tensor) -> None:
-        if not self._notes.over:
-            self._streamer.put(tokens)
+        self._kept.append((tokens, self._notes.over))
 
     def end(self) -> None:
-        self._streamer.end()
+        """Of the schedule; the streamer is told later."""
+
+    def give(self, streamer: Any) -> None:
+        """All of it at once."""
+        for tokens, over in self._kept:
+            if not over:
+                streamer.put(tokens)
+        streamer.end()

@@ -10,7 +10,7 @@ import grpc
 
 from splitveil.errors import ConfigurationError, SplitveilError
 from splitveil.serving.address import is_loopback, require_loopback, split_address
-from splitveil.serving.ending import close_at_exit
+from splitveil.serving.ending import close_at_exit, never
 from splitveil.serving.gate import Doorkeeper, Gate, Open
 from splitveil.serving.operations.exposition import Exposition
 from splitveil.serving.operations.health import Health
@@ -26,7 +26,7 @@ from splitveil.wire import codec
 log = logging.getLogger(__name__)
 
 DEFAULT_SESSIONS = 32
-# Beyond the sessions: those that are told that there is no room, and health checks.
+# Places for whoever is not in a session: told that there is no room; or asking for health; or on the way out.
 SPARE_CALLS = 16
 
 OPTIONS = [
@@ -84,7 +84,7 @@ class Server:
         if figures is not None and self._credentials is not None:
             figures.certificate_expires(self._credentials.expires.timestamp())
         self._visits = Visits(sessions, metrics=figures, log_identities=log_identities)
-        self._service = Service(adapters, gate or Open(), keys, on_query, self._visits)
+        self._service = Service(adapters, gate or Open(), keys, on_query, self._visits, sessions + SPARE_CALLS)
         self._versions = dict.fromkeys(adapters, 1)
         self._replacing = threading.Lock()
         self._on_replace = on_replace
@@ -93,8 +93,10 @@ class Server:
         threads: Any = self._threads  # gRPC asks for a ThreadPoolExecutor, and calls ``submit`` alone
         self._server = grpc.server(
             threads,
-            handlers=[self._service, Health(lambda: self._visits.draining)],
-            maximum_concurrent_rpcs=sessions + SPARE_CALLS,
+            handlers=[self._service, Health(lambda: self._visits.draining, SPARE_CALLS)],
+            # Open sessions, those that have said nothing yet, health checks, and those that are being ended: each is
+            # bounded by itself, so that none takes the others' places.
+            maximum_concurrent_rpcs=2 * sessions + 3 * SPARE_CALLS,
             options=OPTIONS,
         )
         try:
@@ -142,14 +144,20 @@ class Server:
         a vendor has replaced is never computed with again, nothing is counted under a declaration that is no longer in
         force, and no generation is half of one adapter and half of another.
 
-        Raises ``ConfigurationError`` for a name that is not served, and as the ledger does; then nothing has changed.
+        Raises ``ConfigurationError`` for a name that is not served, and as the ledger does; then the old adapter goes
+        on, for sessions that have not asked meanwhile.
         """
         with self._replacing:
             if name not in self._service.adapters:
                 raise ConfigurationError(f"no adapter named {name!r} is served here, so none can be replaced")
-            if self._on_replace is not None:
-                self._on_replace(name, adapter)
-            self._service.adapters[name] = adapter
+            # Withdrawn before the ledger hears of the new one: no row of the old weights is counted as one of the new.
+            self._service.withdrawn.add(name)
+            try:
+                if self._on_replace is not None:
+                    self._on_replace(name, adapter)
+                self._service.adapters[name] = adapter
+            finally:
+                self._service.withdrawn.discard(name)
             self._versions[name] += 1
             if self._visits.metrics is not None:
                 self._visits.metrics.adapter(name).published(self._versions[name])
@@ -186,22 +194,25 @@ class Server:
         """Blocks until the server is closed."""
         self._server.wait_for_termination()
 
-    def drain(self, seconds: float, hurry: Callable[[], bool] = lambda: False) -> None:
+    def drain(self, seconds: float, hurry: Callable[[], bool] = never) -> None:
         """Closes, but lets sessions that are generating go on for ``seconds`` first, or until ``hurry()``.
 
         No session begins meanwhile, and health checks say so. Sessions without a query for a second are not waited for.
         """
         self._visits.drain(seconds, hurry)
-        self.close()
+        self.close(hurry)
         tell(log, logging.INFO, "stopped")
 
-    def close(self) -> None:
-        """Ends all sessions and stops listening; safe to call twice."""
+    def close(self, hurry: Callable[[], bool] = never) -> None:
+        """Ends all sessions and stops listening; safe to call twice.
+
+        Answers that are being computed are waited for, ``ending.PATIENCE`` seconds at most, less once ``hurry()``.
+        """
         self._visits.draining = True
         self._server.stop(grace=0.5).wait()
-        self._threads.shutdown()
+        self._threads.end(hurry)
         if self._exposition is not None:
-            self._exposition.close()
+            self._exposition.close(hurry)
         on_close, self._on_close = self._on_close, None
         if on_close is not None:
             on_close()

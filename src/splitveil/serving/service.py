@@ -1,6 +1,5 @@
 """The vendor's end of a session: one gRPC stream each, several adapters and several clients at once."""
 
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -8,6 +7,7 @@ import grpc
 
 from splitveil.errors import BudgetExceededError, KeyRejectedError, ProtocolError, RefusedError
 from splitveil.serving.gate import Admitted, Anyone, Doorkeeper, Gate, Rejected
+from splitveil.serving.operations.threshold import Threshold
 from splitveil.serving.operations.visits import Visit, Visits
 from splitveil.serving.publishing import ServedAdapter
 from splitveil.serving.uploads import opened
@@ -26,9 +26,14 @@ class Service(grpc.GenericRpcHandler):
         keys: Doorkeeper | None,
         on_query: Callable[[str, codec.Query], None] | None,
         visits: Visits,
+        silent: int,
     ) -> None:
+        """``silent`` is how many may be connected that have not said anything yet."""
         self._visits = visits
+        self._threshold = Threshold(silent)
         self.adapters = dict(adapters)
+        self.withdrawn: set[str] = set()
+        """Adapters that are being replaced: nothing is answered under their names."""
         self._gate = gate
         self._keys = keys
         self._on_query = on_query
@@ -38,22 +43,18 @@ class Service(grpc.GenericRpcHandler):
         return grpc.stream_stream_rpc_method_handler(self._session) if details.method == codec.METHOD else None
 
     def _session(self, requests: Iterator[bytes], context: Any) -> Iterator[bytes]:
-        # A client that connects and says nothing may not occupy a session for ever.
-        impatience = threading.Timer(HELLO_SECONDS, context.cancel)
-        impatience.daemon = True
-        visit: Visit | None = None
+        visit = self._visits.enter()
         reason, detail = "silent", ""
         try:
-            visit = self._visits.enter()
-            impatience.start()
-            first = next(requests, None)
-            impatience.cancel()
+            self._visits.require_running()
+            with self._threshold.waiting(HELLO_SECONDS, context.cancel):
+                first = next(requests, None)
             if first is not None:
                 reason = "error"
-                yield from self._serve(codec.decode_client(first), requests, visit)
+                yield from self._serve(codec.decode_client(first, codec.MAX_HELLO), requests, visit, context)
                 reason = "left"
         except (grpc.RpcError, GeneratorExit):
-            reason = "left" if visit is not None and visit.adapter else reason
+            reason = "left" if visit.adapter else reason
             raise
         except Rejected as rejected:
             reason = rejected.reason
@@ -62,11 +63,13 @@ class Service(grpc.GenericRpcHandler):
             reason, detail = "malformed", str(error)
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         finally:
-            impatience.cancel()
-            if visit is not None:
-                self._visits.leave(visit, reason, detail)
+            if visit.overdue:  # however the end of the wait has shown itself: to gRPC a call that is cut may just end
+                reason, detail = "silent", ""
+            self._visits.leave(visit, reason, detail)
 
-    def _serve(self, hello: codec.ClientMessage, requests: Iterator[bytes], visit: Visit) -> Iterator[bytes]:
+    def _serve(
+        self, hello: codec.ClientMessage, requests: Iterator[bytes], visit: Visit, context: Any
+    ) -> Iterator[bytes]:
         client, adapter = self._admit(hello)
         name = hello.adapter if isinstance(hello, codec.Hello) else ""
         visit.admitted(client.identity, name)
@@ -77,17 +80,21 @@ class Service(grpc.GenericRpcHandler):
                 yield codec.encode_server(codec.Chunk(offset, adapter.published[offset : offset + codec.CHUNK]))
             visit.sent(size)
         visit.rest()
-        session = opened(adapter, requests)
+
+        def late() -> None:
+            visit.overdue = True
+            context.cancel()
+
+        session = opened(adapter, requests, late)
         for seq, raw in enumerate(requests, start=1):
             begun = visit.asked()
-            if self.adapters[name] is not adapter:
-                raise Rejected(grpc.StatusCode.ABORTED, "the adapter was replaced by its vendor", "replaced")
+            self._check_current(name, adapter)
             query = codec.decode_client(raw)
             if not isinstance(query, codec.Query) or query.seq != seq:
                 raise ProtocolError(f"query number {seq} was expected")
             if self._on_query is not None:
                 self._on_query(name, query)
-            reply = self._reply(client, name, session, query, visit)
+            reply = self._reply(client, name, session, query, visit, lambda: self._check_current(name, adapter))
             data = codec.encode_server(reply)
             if isinstance(reply, codec.Answer):
                 visit.answered(begun, query.rows, len(raw), len(data))
@@ -108,7 +115,13 @@ class Service(grpc.GenericRpcHandler):
         adapter = self.adapters.get(hello.adapter)
         if adapter is None:
             raise Rejected(grpc.StatusCode.NOT_FOUND, "no adapter of that name is served here", "adapter")
+        self._check_current(hello.adapter, adapter)
         return client, adapter
+
+    def _check_current(self, name: str, adapter: ServedAdapter) -> None:
+        """Raises ``Rejected`` for an adapter that was replaced, or is about to be."""
+        if name in self.withdrawn or self.adapters[name] is not adapter:
+            raise Rejected(grpc.StatusCode.ABORTED, "the adapter was replaced by its vendor", "replaced")
 
     def _identify(self, hello: codec.Hello) -> Admitted:
         """Before the adapter is looked up: who has no key does not learn which there are. Raises ``Rejected``."""
@@ -130,9 +143,15 @@ class Service(grpc.GenericRpcHandler):
             raise Rejected(grpc.StatusCode.PERMISSION_DENIED, str(error), "database") from None
 
     def _reply(
-        self, client: Admitted, name: str, adapter: ServedAdapter, query: codec.Query, visit: Visit
+        self,
+        client: Admitted,
+        name: str,
+        adapter: ServedAdapter,
+        query: codec.Query,
+        visit: Visit,
+        still_current: Callable[[], None],
     ) -> codec.Answer | codec.Refusal:
-        """The answer, or a refusal that leaves the session open."""
+        """The answer, or a refusal that leaves the session open. ``still_current`` raises if the adapter is not."""
         try:
             adapter.half.check(query.layers, query.rows, len(query.data))
             limit = min(adapter.max_rows, codec.max_rows(1, adapter.answer_size(query.layers)))
@@ -141,6 +160,8 @@ class Service(grpc.GenericRpcHandler):
             client.check()
             modules = [adapter.publication.layers[index].outputs[0][0] for index in query.layers]
             self._gate.reserve_all(client.identity, name, modules, query.rows)
+            # Reserving may have waited for the database; what was reserved meanwhile is of the new declaration.
+            still_current()
             return codec.Answer(query.seq, adapter.half.answer(query.layers, query.rows, query.data))
         except ProtocolError as error:
             visit.turned_down("malformed")

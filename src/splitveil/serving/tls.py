@@ -115,7 +115,8 @@ class ClientCredentials:
         """The same for the standard library, with the checks that gRPC makes. Raises ``OSError`` for vanished files."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.set_alpn_protocols(ALPN)
-        context.load_verify_locations(cadata=self.authorities.decode("ascii", "replace"))
+        # Bundles have comments between certificates, in any language; the standard library takes ASCII only.
+        context.load_verify_locations(cadata=self.authorities.decode("ascii", "ignore"))
         if self.files.certificate is not None and self.files.key is not None:
             context.load_cert_chain(self.files.certificate, self.files.key)
         return context

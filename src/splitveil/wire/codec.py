@@ -18,6 +18,8 @@ METHOD = "/splitveil.v1.PrivateAdapter/Session"
 
 MAX_MESSAGE = 32 << 20
 """Bytes of one gRPC message; gRPC's own limits are set from it."""
+MAX_HELLO = 4096
+"""Bytes of a client's first message, which is read before anything is known of the client."""
 MAX_PUBLICATION = 1 << 30
 MAX_KEYS = 64 << 20
 """Bytes of the keys that one session uploads."""
@@ -27,6 +29,8 @@ MAX_LAYERS_IN_QUERY = 64
 MAX_ADAPTER_NAME = 128
 MAX_TEXT = 512
 DIGEST = 32
+_MAX_FIELDS = 8
+_LARGE = 1 << 16  # a smaller message has no room for enough fields to do harm
 _OVERHEAD = 4096  # room for everything in a message that is not ``data``
 
 GRPC_OPTIONS = [
@@ -129,10 +133,10 @@ def encode_client(message: ClientMessage) -> bytes:
     return pb.ClientMessage(hello=hello).SerializeToString()
 
 
-def decode_client(data: bytes) -> ClientMessage:
-    """Reads what a client sent. Raises ``ProtocolError``."""
+def decode_client(data: bytes, limit: int = MAX_MESSAGE) -> ClientMessage:
+    """Reads what a client sent, of ``limit`` bytes at most. Raises ``ProtocolError``."""
     parsed = pb.ClientMessage()
-    _parse(parsed, data)
+    _parse(parsed, data, limit)
     match parsed.WhichOneof("body"):
         case "hello":
             h = parsed.hello
@@ -179,7 +183,7 @@ def encode_server(message: Welcome | Chunk | Answer | Refusal) -> bytes:
 def decode_server(data: bytes) -> Welcome | Chunk | Answer | Refusal:
     """Reads what a server sent. Raises ``ProtocolError``."""
     parsed = pb.ServerMessage()
-    _parse(parsed, data)
+    _parse(parsed, data, MAX_MESSAGE)
     match parsed.WhichOneof("body"):
         case "answer":
             return Answer(parsed.answer.seq, parsed.answer.data)
@@ -204,12 +208,47 @@ def decode_server(data: bytes) -> Welcome | Chunk | Answer | Refusal:
     raise ProtocolError("a message without a known body; is the other side of another version?")
 
 
-def _parse(parsed: pb.ClientMessage | pb.ServerMessage, data: bytes) -> None:
-    _limit("message", len(data), MAX_MESSAGE)
+def _parse(parsed: pb.ClientMessage | pb.ServerMessage, data: bytes, limit: int) -> None:
+    _limit("message", len(data), limit)
+    if len(data) > _LARGE and not _has_few_fields(data):
+        raise ProtocolError(f"a message of more than {_MAX_FIELDS} fields; one is expected")
     try:
         parsed.ParseFromString(data)
     except (DecodeError, ValueError):  # ValueError: a text that is not UTF-8, where protobuf runs without its C part
         raise ProtocolError("a message that is not of the wire format (truncated, or another protocol)") from None
+
+
+def _has_few_fields(data: bytes) -> bool:
+    """Whether there are at most ``_MAX_FIELDS`` at the top: a message has one, and may have some of the future.
+
+    Of a message of millions of bodies protobuf would make millions of objects, one after the other. What is not a field
+    at all is left for protobuf to refuse.
+    """
+    place, end = 0, len(data)
+    for _ in range(_MAX_FIELDS):
+        tag, place = _varint(data, place)
+        kind = tag & 7
+        if kind == 2:
+            length, place = _varint(data, place)
+            place += length
+        elif kind == 0:
+            _, place = _varint(data, place)
+        else:
+            place += 8 if kind == 1 else 4
+        if place >= end:
+            return True
+    return False
+
+
+def _varint(data: bytes, place: int) -> tuple[int, int]:
+    """(number, place behind it); beyond the end where there is none."""
+    number = shift = 0
+    for index in range(place, min(place + 10, len(data))):
+        number |= (data[index] & 0x7F) << shift
+        if data[index] < 0x80:
+            return number, index + 1
+        shift += 7
+    return 0, len(data)
 
 
 def _limit(what: str, got: int, limit: int) -> None:

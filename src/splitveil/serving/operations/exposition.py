@@ -1,4 +1,4 @@
-"""Metrics over HTTP, one request at a time, ended with the server.
+"""Metrics over HTTP, a few requests at a time and each for a few seconds, ended with the server.
 
 The library's own HTTP server takes a thread for every connection, without end: connections that say nothing would be a
 way to exhaust this process.
@@ -8,6 +8,7 @@ import contextlib
 import logging
 import socket
 import threading
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
@@ -16,11 +17,16 @@ from prometheus_client.exposition import choose_encoder
 
 from splitveil.errors import ConfigurationError
 from splitveil.serving.address import require_loopback, split_address
-from splitveil.serving.ending import end
+from splitveil.serving.ending import end, never
+from splitveil.serving.operations.threshold import Threshold
+from splitveil.serving.threads import SessionThreads
 
 log = logging.getLogger(__name__)
 
-READ_SECONDS = 2.0
+REQUEST_SECONDS = 2.0
+"""For one request, from its connection to the last byte of its answer."""
+REQUESTS = 8
+"""At once. One more, and the one that has taken longest is cut off: the newest is always served."""
 PATH = "/metrics"
 
 
@@ -41,19 +47,21 @@ class Exposition:
         self._thread = threading.Thread(target=self._http.serve_forever, name="splitveil-metrics", daemon=True)
         self._thread.start()
 
-    def close(self) -> None:
-        """Ends the thread and stops listening; safe to call twice."""
-        self._http.hang_up()
+    def close(self, hurry: Callable[[], bool] = never) -> None:
+        """Ends the threads and stops listening; safe to call twice."""
         self._http.shutdown()
         self._http.server_close()
-        end([self._thread])
+        self._http.hang_up(hurry)
+        end([self._thread], hurry)
 
 
 class _Http(HTTPServer):
+    request_queue_size = 64  # by default 5: strangers could fill that in the time it takes to accept one
+
     def __init__(self, host: str, port: int, registry: CollectorRegistry) -> None:
         self.registry = registry
-        self._closing = False
-        self._current: socket.socket | None = None
+        self._threshold = Threshold(REQUESTS)
+        self._threads = SessionThreads("splitveil-metrics")
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), _Handler)
 
@@ -64,23 +72,32 @@ class _Http(HTTPServer):
         self.server_address = self.socket.getsockname()
         self.server_name, self.server_port = "localhost", self.server_address[1]
 
-    def verify_request(self, request: Any, client_address: Any) -> bool:
-        self._current = request
-        return not self._closing
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self._threads.submit(self._serve, request, client_address)
+
+    def _serve(self, request: socket.socket, client_address: Any) -> None:
+        def cut() -> None:
+            with contextlib.suppress(OSError):
+                request.shutdown(socket.SHUT_RDWR)
+
+        try:
+            with self._threshold.waiting(REQUEST_SECONDS, cut):
+                self.finish_request(request, client_address)
+        except OSError:
+            self.handle_error(request, client_address)
+        finally:
+            self.shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.debug("a request for metrics broke off", exc_info=True)
 
-    def hang_up(self) -> None:
+    def hang_up(self, hurry: Callable[[], bool]) -> None:
         """Whoever is being served may not hold up the end."""
-        self._closing = True
-        if self._current is not None:
-            with contextlib.suppress(OSError):
-                self._current.shutdown(socket.SHUT_RDWR)
+        self._threshold.close()
+        self._threads.end(hurry)
 
 
 class _Handler(BaseHTTPRequestHandler):
-    timeout = READ_SECONDS
     server: _Http
 
     def do_GET(self) -> None:

@@ -35,6 +35,7 @@ class Visit:
         "busy",
         "heard",
         "number",
+        "overdue",
         "queries",
         "refused",
         "rows",
@@ -49,10 +50,13 @@ class Visit:
         self.adapter = ""
         self.busy = True
         """While something is computed or sent for it; also until its publication is sent."""
+        self.overdue = False
+        """Whether it was ended for what it did not send in time."""
         self.queries = self.rows = self.refused = 0
 
     def admitted(self, identity: str, adapter: str) -> None:
-        """Who it is, and what it wants."""
+        """Who it is, and what it wants; from now on it takes a place. Raises ``Rejected`` where there is none."""
+        self._all.admit(self)
         self.adapter = adapter
         if self._all.metrics is not None:
             self._metrics = self._all.metrics.adapter(adapter)
@@ -118,7 +122,10 @@ class Visit:
 
 
 class Visits:
-    """All open sessions of one server; thread-safe."""
+    """All sessions of one server; thread-safe.
+
+    Those that are open were admitted: who has not said anything yet, or has no key, takes nobody's place.
+    """
 
     def __init__(self, most: int, *, metrics: Metrics | None = None, log_identities: bool = False) -> None:
         self.metrics = metrics
@@ -133,29 +140,31 @@ class Visits:
         self._numbers = itertools.count(1)
 
     def enter(self) -> Visit:
-        """A new session. Raises ``Rejected`` where there is no room, and while the server is shutting down."""
+        """A new session, which is not open yet."""
+        return Visit(self, next(self._numbers))
+
+    def admit(self, visit: Visit) -> None:
+        """Opens a session. Raises ``Rejected`` where there is no room, and while the server is shutting down."""
         with self._lock:
-            if not self.draining and len(self._open) < self._most:
-                visit = Visit(self, next(self._numbers))
-                self._open.add(visit)
-                if self.metrics is not None:
-                    self.metrics.session_opened()
-                return visit
-            draining = self.draining
-        reason = "shutdown" if draining else "sessions"
-        if self.metrics is not None:
-            self.metrics.session_refused(reason)
-        tell(log, logging.INFO, "session_refused", reason=reason)
-        if draining:
-            raise Rejected(grpc.StatusCode.UNAVAILABLE, SHUTTING_DOWN, reason)
-        raise Rejected(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many sessions are open", reason)
+            self.require_running()
+            if len(self._open) >= self._most:
+                raise Rejected(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many sessions are open", "sessions")
+            self._open.add(visit)
+            if self.metrics is not None:
+                self.metrics.session_opened()
+
+    def require_running(self) -> None:
+        """Raises ``Rejected`` while the server is shutting down."""
+        if self.draining:
+            raise Rejected(grpc.StatusCode.UNAVAILABLE, SHUTTING_DOWN, "shutdown")
 
     def leave(self, visit: Visit, reason: str, detail: str) -> None:
         """A session is over."""
         with self._lock:
-            self._open.discard(visit)
-            if self.metrics is not None:
-                self.metrics.session_closed()
+            if visit in self._open:
+                self._open.remove(visit)
+                if self.metrics is not None:
+                    self.metrics.session_closed()
         visit.ended(reason, detail)
 
     def drain(self, seconds: float, hurry: Callable[[], bool]) -> None:
