@@ -133,7 +133,9 @@ def test_killed_in_the_middle(there: Path, run: Run, tmp_path: Path) -> None:
 
 def test_interrupted_from_the_keyboard(there: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    words = command(there, out, cut="0,1,2", attack="lens", defence="none,int8,int4")
+    # Long enough that the signal finds it at work, also where this process has to wait for a processor.
+    noises = ",".join(f"gaussian:{number / 10}" for number in range(1, 41))
+    words = command(there, out, cut="0,1,2", attack="lens,nearest", defence=f"none,int8,int4,{noises}")
     begun = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
     deadline = time.monotonic() + 120
     while not (out / "rows.jsonl").exists():
