@@ -136,7 +136,15 @@ def test_interrupted_from_the_keyboard(there: Path, tmp_path: Path) -> None:
     # Long enough that the signal finds it at work, also where this process has to wait for a processor.
     noises = ",".join(f"gaussian:{number / 10}" for number in range(1, 41))
     words = command(there, out, cut="0,1,2", attack="lens,nearest", defence=f"none,int8,int4,{noises}")
-    begun = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    begun = subprocess.Popen(
+        words,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+        # Tests that a shell runs in the background inherit that this signal is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 120
     while not (out / "rows.jsonl").exists():
         assert begun.poll() is None, "the audit ended before it could be interrupted"
