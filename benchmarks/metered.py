@@ -10,11 +10,8 @@ folder, where it is installed.
 
 import argparse
 import datetime
-import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +21,7 @@ from ledger import own_postgresql
 from transformers import AutoModelForCausalLM
 
 from splitveil import connect, disconnect
-from splitveil.bench.decode import PROMPT, decode, qwen2_half_billion, with_adapter
+from splitveil.bench.decode import PROMPT, decode, qwen2_half_billion, served, with_adapter
 from splitveil.bench.timing import machine
 from splitveil.embedded import folder
 from splitveil.metering import Database, Keyring
@@ -51,7 +48,7 @@ def main() -> None:
         for name, url in urls.items():
             model = base(options.qwen, weights)
             weights = model.state_dict()
-            address = stack.enter_context(served(adapter, url))
+            address = stack.enter_context(served(adapter, *([] if url is None else ["--ledger", url])))
             models[name] = connect(model, address, "bench", api_key=None if url is None else key(url))
             stack.callback(disconnect, model)
         seconds: dict[str, list[float]] = {name: [] for name in models}
@@ -78,23 +75,6 @@ def key(url: str) -> str:
     """A new client's key."""
     with Database(url) as database:
         return Keyring(database).create("bench")[0]
-
-
-@contextmanager
-def served(adapter: Path, url: str | None) -> Iterator[str]:
-    """A server process; yields its address."""
-    command = [sys.executable, "-m", "splitveil", "serve", "--adapter", f"bench={adapter}", "--listen", "127.0.0.1:0"]
-    process = subprocess.Popen(command + ([] if url is None else ["--ledger", url]), stdout=subprocess.PIPE, text=True)
-    try:
-        for line in process.stdout or ():
-            if line.startswith("listening on "):
-                yield line.split()[2]
-                break
-        else:
-            sys.exit("a server ended early")
-    finally:
-        process.terminate()
-        process.wait()
 
 
 def report(seconds: dict[str, list[float]], rounds: int) -> None:

@@ -149,10 +149,10 @@ def _in_turn(
 
 
 @contextlib.contextmanager
-def served(folder: Path) -> Iterator[str]:
-    """Serves an adapter folder as "bench" from another process; yields the address."""
+def served(folder: Path, *flags: str) -> Iterator[str]:
+    """Serves an adapter folder as "bench" from another process, with more flags if given; yields the address."""
     command = [sys.executable, "-m", "splitveil", "serve", "--adapter", f"bench={folder}", "--listen", "127.0.0.1:0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, text=True)
     try:
         for line in process.stdout or ():
             if line.startswith("listening on "):
