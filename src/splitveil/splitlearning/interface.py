@@ -64,7 +64,7 @@ class Plan:
     targets: tuple[str, ...] = ("q_proj", "v_proj")
     """Modules that carry an adapter, by the last part of their names."""
     seed: int = 0
-    """Of the adapters' first weights. Both sides draw them for all blocks, so that a split run begins as an unsplit one."""
+    """Of the adapters' first weights. Both sides draw them for all blocks: a split run begins as an unsplit one."""
 
     def __post_init__(self) -> None:
         if self.cut < 0 or not 1 <= self.rank <= 1024 or not 0 <= self.seed < 2**63:
