@@ -4,8 +4,8 @@
 
 The embedded default answers questions, each once without and once with ``fixed_length``; the server is in this process.
 Its view of a step is the time between the first queries of two successive steps. Shown is how well that time tells the
-last steps of an answer from the first ones after it: the area under the ROC curve, 0.5 where it tells nothing, with a
-95 % interval over the answers (bootstrap).
+last steps of an answer from the first ones after it, and, for comparison, steps half-way through an answer from those
+before them: the area under the ROC curve, 0.5 where it tells nothing, 95 % interval over answers (bootstrap).
 """
 
 import argparse
@@ -118,21 +118,27 @@ def report(plain: list[Answer], fixed: list[Answer], tokens: int) -> None:
     step = statistics.median(sum(b.steps) / len(b.steps) for b in fixed if b.steps)
     usual = statistics.median(sum(a.steps) / len(a.steps) for a in plain if a.steps)
     print(f"time in all: {cost:.2f} ×; a step: {1e3 * step:.2f} ms with, {1e3 * usual:.2f} ms without")
-    pairs = [near(one) for one in ended]
+    compare("the end", [near(one, len(one.tokens) - 1) for one in ended])
+    # Steps grow longer with the text, whether it ends or not: what that alone tells.
+    compare("a place where nothing ends", [near(one, len(one.tokens) // 2) for one in ended])
+
+
+def compare(place: str, pairs: list[tuple[list[float], list[float]]]) -> None:
     pairs = [pair for pair in pairs if all(pair)]
-    if pairs:
-        draws = np.random.default_rng(0)
-        boots = [auc([pairs[i] for i in draws.integers(len(pairs), size=len(pairs))]) for _ in range(1000)]
-        low, high = np.quantile(boots, [0.025, 0.975])
-        medians = [1e3 * statistics.median(x for pair in pairs for x in pair[side]) for side in (0, 1)]
-        print(f"a step before the end {medians[0]:.3f} ms, after it {medians[1]:.3f} ms (medians, {NEAR} steps each)")
-        print(f"told apart by their time: AUC {auc(pairs):.3f} ({low:.3f} to {high:.3f}), {len(pairs)} answers")
+    if not pairs:
+        print(f"{place}: no steps on both sides of it")
+        return
+    draws = np.random.default_rng(0)
+    boots = [auc([pairs[i] for i in draws.integers(len(pairs), size=len(pairs))]) for _ in range(1000)]
+    low, high = np.quantile(boots, [0.025, 0.975])
+    before, after = (1e3 * statistics.median(x for pair in pairs for x in pair[side]) for side in (0, 1))
+    print(f"a step before {place} {before:.3f} ms, after it {after:.3f} ms (medians, {NEAR} steps each);")
+    print(f"  told apart by their time: AUC {auc(pairs):.3f} ({low:.3f} to {high:.3f}), {len(pairs)} answers")
 
 
-def near(one: Answer) -> tuple[list[float], list[float]]:
-    """The steps before and after the end: step i goes from the query of token i + 1 to that of the next."""
-    end = len(one.tokens) - 1
-    return one.steps[max(0, end - NEAR) : end], one.steps[end : end + NEAR]
+def near(one: Answer, place: int) -> tuple[list[float], list[float]]:
+    """The steps before and after a place: step i goes from the query of token i + 1 to that of the next."""
+    return one.steps[max(0, place - NEAR) : place], one.steps[place : place + NEAR]
 
 
 def auc(pairs: list[tuple[list[float], list[float]]]) -> float:

@@ -65,6 +65,8 @@ def cli() -> None:
 
 def main() -> None:
     """Runs the command line; errors of ours are one line on stderr and exit status 1."""
+    if sys.argv[1:2] in [[name] for name in ("generate", "chat", "demo", "bench")]:
+        _spin_less()
     status = _run()
     if sys.argv[1:2] in (["generate"], ["chat"]):
         _leave(status)
@@ -89,6 +91,16 @@ def _run() -> int:
         click.echo("splitveil: interrupted", err=True)
         return 130
     return 0
+
+
+def _spin_less() -> None:
+    """Before torch is there: its idle OpenMP threads go to sleep within microseconds.
+
+    By default they spin for milliseconds, on the processors that a query and its answer need to get on their way
+    (docs/design/round-trips.md). Who has chosen otherwise is left alone.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 
 def _leave(status: int) -> NoReturn:
