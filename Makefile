@@ -47,9 +47,9 @@ bench: setup
 	$(BIN)/python benchmarks/inversion.py --full
 	PYTHONPATH=tests $(BIN)/python benchmarks/ledger.py
 
-# The generated module is committed; this makes it anew after a change of the .proto file.
+# The generated modules are committed; this makes them anew after a change of a .proto file.
 proto: setup
-	$(BIN)/python -m grpc_tools.protoc -Isrc --python_out=src --pyi_out=src splitveil/wire/adapter.proto
+	$(BIN)/python -m grpc_tools.protoc -Isrc --python_out=src --pyi_out=src splitveil/wire/adapter.proto splitveil/wire/split.proto
 
 clean:
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

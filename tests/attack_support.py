@@ -1,5 +1,6 @@
 """A tiny model under attack, for the tests of attacks."""
 
+from collections.abc import Callable
 from functools import cached_property
 
 import torch
@@ -7,6 +8,7 @@ from equivalence.support import random_model, tiny_llama
 from torch import Tensor
 
 from splitveil.attacks.knowledge import Access, Knowledge, Oracle, Protection, Shadow, WhiteBox
+from splitveil.auditing.cloud import UpperBlocks, returned_gradient
 from splitveil.split import Crossing, cut
 
 VOCABULARY = 160
@@ -38,23 +40,39 @@ class Target:
         with torch.no_grad():
             return self.protect(self.halves.device(self.victims.clamp(min=0), (self.victims >= 0).long()))
 
-    def knowledge(self) -> Knowledge:
+    @cached_property
+    def training(self) -> Crossing:
+        """The same crossing while the victims' texts are trained on; for a cloud half that can read it."""
+        states = UpperBlocks(self.model, self.halves.block)(self.crossing)
+        gradient = returned_gradient(self.head, states, self.victims.clamp(min=0), self.crossing.text)
+        return self.crossing.with_gradient(gradient)
+
+    @cached_property
+    def head(self) -> Callable[[Tensor], Tensor]:
+        """Final norm and output head."""
         last = cut(self.model, self.halves.blocks).cloud
 
         def head(hidden: Tensor) -> Tensor:
             hidden = hidden[..., : self.model.config.hidden_size]  # of what a defence widened, as much as it can take
-            return last(Crossing(hidden, torch.ones(hidden.shape[:2], dtype=torch.long)))
+            flat = hidden.reshape(-1, 1, hidden.shape[-1])
+            logits: Tensor = last(Crossing(flat, torch.ones(flat.shape[:2], dtype=torch.long)))
+            return logits.reshape(*hidden.shape[:-1], -1)
 
+        return head
+
+    def knowledge(self) -> Knowledge:
         return Knowledge(
             VOCABULARY,
             self.crossing.width,
             frozenset(Access),
             Oracle(self.halves.device, self.protect),
             WhiteBox(self.halves.device, self.protect),
-            head,
+            self.head,
             self.shadow,
             self.model.get_input_embeddings().weight.detach(),
             self.victims,
+            UpperBlocks(self.model, self.halves.block),
+            gradients=True,
         )
 
     def accuracy(self, tokens: Tensor) -> float:

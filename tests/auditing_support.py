@@ -170,6 +170,9 @@ class Hiding:
         noise = torch.randn(crossing.hidden.shape, generator=self._draw)
         return crossing.with_hidden(crossing.hidden if not self.level else self.level * noise)
 
+    def bytes_a_position(self, width: int) -> float:
+        return 4.0 * width
+
 
 class Failing(Hiding):
     """Cannot protect anything."""

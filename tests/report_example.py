@@ -179,6 +179,32 @@ def split(text: str) -> list[str]:
     return out
 
 
+def prices() -> dict[str, dict[str, Any]]:
+    """What those defences cost; what int8 costs in perplexity at the second cut is missing."""
+    undefended = 21.4
+    found: dict[str, dict[str, Any]] = {}
+    for name, (size, factor, microseconds) in {
+        "none": (192.0, 1.0, 0.01),
+        "gaussian:0.1": (192.0, 1.31, 4.2),
+        "int8": (52.0, 1.0, 1.9),
+        "encrypted": (4288.0, 1.0, 14.0),
+    }.items():
+        points = [
+            {
+                "data": "",
+                "cut": cut,
+                "perplexity": undefended * factor,
+                "undefended": undefended,
+                "microseconds": microseconds,
+                "reason": "",
+            }
+            for cut in CUTS
+        ]
+        found[name] = {"bytes_a_token": size, "whole_model": name == "encrypted", "points": points}
+    found["int8"]["points"][1].update(perplexity=None, reason="MemoryError: 2.0 GB asked for")
+    return found
+
+
 def meta(**changes: Any) -> dict[str, Any]:
     """The circumstances of that audit."""
     words = {"lens": "logit lens", "revert": "two stages: a projector into embedding space, then a generative model"}
@@ -209,11 +235,7 @@ def meta(**changes: Any) -> dict[str, Any]:
             "int8": "8-bit integers, symmetric, one scale a position",
             "encrypted": "the private layer's encrypted query: each position under a lattice mask of its own",
         },
-        "prices": {
-            "gaussian:0.1": {"bytes a token": 192, "perplexity": "× 1.31"},
-            "int8": {"bytes a token": 52, "perplexity": "× 1.00"},
-            "encrypted": {"bytes a token": "4 288", "perplexity": "× 1.00"},
-        },
+        "prices": prices(),
         "correlation": [
             {
                 "estimator": "bounded reader",
@@ -228,6 +250,48 @@ def meta(**changes: Any) -> dict[str, Any]:
         ],
         **changes,
     }
+
+
+# Specification → share of an attack's success that is left, perplexity, microseconds and bytes a token.
+MANY: dict[str, tuple[float, float, float, float]] = {
+    "none": (1.0, 1.0, 0.003, 1152),
+    "gaussian:0.1": (0.995, 1.02, 4, 1152),
+    "gaussian:0.3": (0.93, 1.35, 4.1, 1152),
+    "gaussian:1.0": (0.41, 7.9, 4.2, 1152),
+    "gaussian:3.0": (0.05, 240, 4.2, 1152),
+    "dchi:20.0": (0.97, 1.05, 22, 1152),
+    "dchi:5.0": (0.52, 3.4, 22, 1152),
+    "int8": (1, 1.0, 2, 292),
+    "int4": (0.96, 1.04, 2.1, 148),
+    "topk:0.5": (0.985, 1.03, 7, 868),
+    "topk:0.25": (0.94, 1.3, 6, 436),
+    "topk:0.1": (0.7, 3.8, 6, 178),
+    "permutation": (0.999, 19000, 1.1, 1152),
+    "encrypted": (0, 1, 41, 5248),
+    "regularised:runs/dcor-0.1": (0.98, 1.01, 0.003, 1152),
+    "regularised:runs/dcor-1": (0.9, 1.08, 0.003, 1152),
+    "regularised:runs/dcor-10": (0.8, 1.6, 0.003, 1152),
+}
+
+
+def crowded() -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, Any]]:
+    """One cut under many defences; the best attack failed under one of them."""
+    found: list[dict[str, Any]] = []
+    costs = {}
+    for spec, (left, ratio, microseconds, size) in MANY.items():
+        where = {"data": "personal data", "cut": 3, "defence": spec, "defence_params": {}}
+        found.append(row(where, "oracle", "token_accuracy", 1.0, 1.0, 1.0, 100))
+        found.append(row(where, "floor", "token_accuracy", FLOOR, FLOOR - 0.003, FLOOR + 0.003, 100))
+        for attack in ("ridge", "mlp", "revert"):
+            if (spec, attack) == ("topk:0.1", "revert"):
+                found.append(row(where, attack, "token_accuracy", None, None, None, 0, error="out of memory"))
+                continue
+            value = FLOOR + (ATTACKS[attack][1][1] - FLOOR) * left
+            half = 0.01 if left else 0.002
+            found.append(row(where, attack, "token_accuracy", value, value - half, value + half, 100))
+        point = {"data": "", "cut": 3, "perplexity": 21 * ratio, "undefended": 21.0, "microseconds": microseconds}
+        costs[spec] = {"bytes_a_token": size, "whole_model": spec == "encrypted", "points": [point]}
+    return found, [], meta(prices=costs)
 
 
 def poisoned(invalid: Sequence[str] = ()) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, Any]]:
@@ -253,7 +317,8 @@ def poisoned(invalid: Sequence[str] = ()) -> tuple[list[dict[str, Any]], list[di
     for text in items:
         text["spans"] = [{"start": s["start"], "end": s["end"] + 900, "type": MARKUP} for s in text["spans"]]
     about = meta(invalid=list(invalid))
-    open_ = {k: v for k, v in about.items() if k not in {"attacks", "correlation", "blocks"}}
+    special = {"attacks", "correlation", "blocks", "prices"}
+    open_ = {k: v for k, v in about.items() if k not in special}
     return (
         poisoned_rows,
         items,
@@ -261,5 +326,10 @@ def poisoned(invalid: Sequence[str] = ()) -> tuple[list[dict[str, Any]], list[di
         | {
             "attacks": {k + MARKUP: {f: poison(w) for f, w in v.items()} for k, v in about["attacks"].items()},
             "correlation": [{k: poison(v) for k, v in c.items()} for c in about["correlation"]],
+            "prices": {
+                (name if name == "none" else f"{name}{MARKUP}"): price
+                | {"points": [point | {"reason": MARKUP} for point in price["points"]]}
+                for name, price in about["prices"].items()
+            },
         },
     )

@@ -108,16 +108,17 @@ def assert_serves(address: str) -> None:
 
 
 class RawClient:
-    """A gRPC stream that sends whatever it is told: messages of the codec, or bytes."""
+    """A gRPC stream that sends whatever it is told: messages of the wire format, or bytes."""
 
-    def __init__(self, address: str, *messages: Any, **call_options: Any) -> None:
+    def __init__(self, address: str, *messages: Any, wire: Any = codec, **call_options: Any) -> None:
+        self._wire = wire
         unlimited = [("grpc.max_send_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
         self._channel = grpc.insecure_channel(address, options=unlimited)
         self._ready = threading.Semaphore(0)
         self._waiting: list[bytes | None] = []
         self.taken = 0
         """Messages that gRPC has accepted for sending."""
-        self.stream = self._channel.stream_stream(codec.METHOD)(self._outgoing(), timeout=PATIENCE, **call_options)
+        self.stream = self._channel.stream_stream(wire.METHOD)(self._outgoing(), timeout=PATIENCE, **call_options)
         self.send(*messages)
 
     def __enter__(self) -> "RawClient":
@@ -130,14 +131,14 @@ class RawClient:
 
     def send(self, *messages: Any) -> None:
         for message in messages:
-            self._push(message if isinstance(message, bytes) else codec.encode_client(message))
+            self._push(message if isinstance(message, bytes) else self._wire.encode_client(message))
 
     def finish(self) -> None:
         """Nothing more will be sent."""
         self._push(None)
 
     def receive(self) -> Any:
-        return codec.decode_server(next(self.stream))
+        return self._wire.decode_server(next(self.stream))
 
     def welcome(self) -> codec.Welcome:
         """Reads the welcome and the publication."""
@@ -180,17 +181,18 @@ def hello(**changes: Any) -> codec.Hello:
 
 
 class _Lying(grpc.GenericRpcHandler):
-    def __init__(self, script: Script) -> None:
+    def __init__(self, script: Script, wire: Any) -> None:
         self._script = script
+        self._wire = wire
 
     def service(self, details: Any) -> Any:
         def run(requests: Iterator[bytes], context: Any) -> Iterator[bytes]:
             for message in self._script(requests):
                 if isinstance(message, tuple):
                     context.abort(*message)
-                yield message if isinstance(message, bytes) else codec.encode_server(message)
+                yield message if isinstance(message, bytes) else self._wire.encode_server(message)
 
-        return grpc.stream_stream_rpc_method_handler(run) if details.method == codec.METHOD else None
+        return grpc.stream_stream_rpc_method_handler(run) if details.method == self._wire.METHOD else None
 
 
 @contextmanager
@@ -208,9 +210,9 @@ def grpc_server(*handlers: grpc.GenericRpcHandler) -> Iterator[str]:
 
 
 @contextmanager
-def lying_server(script: Script) -> Iterator[str]:
+def lying_server(script: Script, wire: Any = codec) -> Iterator[str]:
     """A server that follows a script: it gets the client's messages, and yields messages, bytes or a (status, text)."""
-    with grpc_server(_Lying(script)) as address:
+    with grpc_server(_Lying(script, wire)) as address:
         yield address
 
 

@@ -29,7 +29,7 @@ from abuse.support import (
 from splitveil.adapters import Adapter
 from splitveil.errors import RefusedError
 from splitveil.private.layer import public_half
-from splitveil.serving import ending, service, uploads
+from splitveil.serving import conversation, ending, uploads
 from splitveil.serving.operations import exposition, health
 from splitveil.serving.operations.threshold import Threshold
 from splitveil.serving.publishing import ServedAdapter, publish_adapter
@@ -98,7 +98,7 @@ SERVING = health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.S
 @pytest.mark.parametrize("method", [health.METHOD, codec.METHOD])
 def test_silent_calls_lock_nobody_out(method: str, layers: ServedAdapter, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even while they last: they would for a minute here."""
-    monkeypatch.setattr(service, "HELLO_SECONDS", 60.0)
+    monkeypatch.setattr(conversation, "HELLO_SECONDS", 60.0)
     monkeypatch.setattr(health, "CHECK_SECONDS", 60.0)
     with (
         Server({ADAPTER: layers}, "127.0.0.1:0", sessions=1, metrics="127.0.0.1:0") as server,

@@ -185,9 +185,9 @@ def test_metrics_count_what_happens(vendor: Vendor) -> None:
 
 @pytest.mark.parametrize("case", ["full", "silent", "malformed", "version"])
 def test_every_refused_session_has_a_reason(case: str, layers: ServedAdapter, monkeypatch: pytest.MonkeyPatch) -> None:
-    from splitveil.serving import service
+    from splitveil.serving import conversation
 
-    monkeypatch.setattr(service, "HELLO_SECONDS", 0.3)
+    monkeypatch.setattr(conversation, "HELLO_SECONDS", 0.3)
     with Server({ADAPTER: layers}, "127.0.0.1:0", sessions=1, metrics="127.0.0.1:0") as server:
         reason = {"full": "sessions"}.get(case, case)
         if case == "full":

@@ -25,8 +25,7 @@ from abuse.support import (
 )
 from splitveil.errors import ConnectionFailedError, RefusedError, SplitveilError
 from splitveil.private.layer import public_half
-from splitveil.serving import server as server_module
-from splitveil.serving import service, stream
+from splitveil.serving import conversation, host, stream
 from splitveil.serving.publishing import ServedAdapter
 from splitveil.serving.server import Server
 from splitveil.wire import codec
@@ -68,7 +67,7 @@ def test_too_many_sessions_are_refused_and_room_comes_back(layers: ServedAdapter
 
 
 def test_a_client_that_says_nothing_loses_its_session(single: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service, "HELLO_SECONDS", 1.0)
+    monkeypatch.setattr(conversation, "HELLO_SECONDS", 1.0)
     with RawClient(single.address) as client:
         assert client.ending()[0] is grpc.StatusCode.CANCELLED
         assert_has_room(single)
@@ -163,11 +162,11 @@ def test_a_client_that_never_reads_is_not_worked_for() -> None:
 def test_an_idle_session_lives(layers: ServedAdapter, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keepalive pings are no offence: by default a gRPC server hangs up on clients that send them while idle."""
     real = dict(stream.OPTIONS)["grpc.keepalive_time_ms"]
-    allowed = dict(server_module.OPTIONS)["grpc.http2.min_ping_interval_without_data_ms"]
+    allowed = dict(host.OPTIONS)["grpc.http2.min_ping_interval_without_data_ms"]
     assert allowed < real
     # The same in seconds, the fastest that gRPC pings. Its default server would hang up after the fourth.
     hurried = {"grpc.keepalive_time_ms": 1000, "grpc.http2.min_ping_interval_without_data_ms": 1000 * allowed // real}
-    for module in (stream, server_module):
+    for module in (stream, host):
         options = [(name, hurried.get(name, value)) for name, value in module.OPTIONS]
         monkeypatch.setattr(module, "OPTIONS", [*options, ("grpc.http2.max_pings_without_data", 0)])
     with Server({ADAPTER: layers}, "127.0.0.1:0") as server:

@@ -94,6 +94,31 @@ def test_text_is_legible(chromium: Browser, report: Path, dark: bool) -> None:
     assert 12 * scale >= 10
 
 
+# Names in the frontier's plots that stand on each other, as they are drawn, and plots with letters below 10 pixels.
+COVERED = """
+[...document.querySelectorAll("svg.plot")].filter(e => e.id.startsWith("frontier") ||
+  e.querySelector("[id^=frontier]")).flatMap(plot => {
+    const boxes = [...plot.querySelectorAll(".name")].map(e => [e.textContent, e.getBoundingClientRect()]);
+    const frame = plot.getBoundingClientRect();
+    const outside = boxes.filter(([, b]) => b.left < frame.left || b.right > frame.right);
+    const pairs = boxes.flatMap(([a, x], i) => boxes.slice(i + 1).filter(([, y]) =>
+      x.left < y.right && y.left < x.right && x.top + 2 < y.bottom && y.top + 2 < x.bottom).map(([b]) => [a, b]));
+    return [...outside.map(([a]) => a), ...pairs, ...(12 * frame.width / 400 < 10 ? [frame.width] : [])];
+  })
+"""
+NAMES = "document.querySelectorAll('.pairs svg .name').length"
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_names_of_defences_cover_nothing(chromium: Browser, tmp_path: Path, width: int) -> None:
+    page = write_report(*example.crowded(), tmp_path)
+    chromium.open(page, width)
+    assert chromium.value(NAMES) == 3 * 17
+    assert chromium.value(COVERED) == []
+    chromium.value("document.querySelectorAll('.pairs svg .name').forEach(e => e.setAttribute('y', 60))")
+    assert len(chromium.value(COVERED)) > 10  # the check can fail
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 def test_verdict_and_controls_are_on_the_first_screen(chromium: Browser, report: Path, width: int) -> None:
     height = 844 if width == 390 else 800

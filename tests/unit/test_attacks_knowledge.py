@@ -15,6 +15,7 @@ PROPERTIES = {
     Access.QUERIES: "oracle",
     Access.WEIGHTS: "white_box",
     Access.HEAD: "head",
+    Access.CLOUD: "cloud",
     Access.SHADOW: "shadow",
     Access.EMBEDDINGS: "embeddings",
     Access.TRUTH: "truth",
@@ -61,7 +62,7 @@ def test_no_attack_asks_for_more_than_it_declares(target: Target, name: str) -> 
     """Learning and recovery work with the restricted knowledge."""
     attack = catalogue.create(name)
     attack.fit(target.knowledge().restricted(attack.needs), Effort(seconds=30, steps=2), silent)
-    found = attack.recover(target.crossing, silent)
+    found = attack.recover(target.training, silent)
     assert found.tokens.shape == target.victims.shape
     assert torch.equal(found.tokens >= 0, target.victims >= 0)
 

@@ -1,6 +1,7 @@
 """The whole audit on a tiny model: what is measured, what is kept, what is measured again, and what is refused."""
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from auditing_support import (
     UNITS,
     VICTIMS,
     Fake,
+    Hiding,
     WrongCeiling,
     create_attack,
     create_defence,
@@ -30,7 +32,10 @@ from splitveil.auditing.outcome import Report
 from splitveil.auditing.rows import Row
 from splitveil.auditing.stage import Stage
 from splitveil.auditing.windows import take_victims
+from splitveil.defences.defence import Defence
+from splitveil.defences.encrypted import EncryptedQuery
 from splitveil.errors import ConfigurationError, DataError, UndeclaredKnowledgeError
+from splitveil.split import Crossing
 
 MODEL, TOKENIZER = tiny_model(), tiny_tokenizer()
 
@@ -310,7 +315,34 @@ def test_prices_are_the_defences_and_not_the_attackers() -> None:
             MODEL(victims.tokens).logits[:, :-1].transpose(1, 2), victims.tokens[:, 1:], reduction="none"
         )
     prices = report.meta["prices"]
-    assert prices["none"]["perplexity, cut 1"] == f"{losses.mean().exp().item():.1f}"
-    assert float(prices["hiding"]["perplexity, cut 1"]) != pytest.approx(losses.mean().exp().item(), rel=0.01)
-    assert prices["none"]["bytes a token"] == str(32 * 4)
-    assert prices["failing"] == {"perplexity, cut 1": "not measured: ConfigurationError: too wide for this defence"}
+    plain, hidden, failed = (prices[name]["points"][0] for name in ("none", "hiding", "failing"))
+    expected = losses.mean().exp().item()
+    assert plain["undefended"] == pytest.approx(expected, rel=1e-4)
+    assert plain["perplexity"] == pytest.approx(expected, rel=1e-4)
+    assert hidden["perplexity"] != pytest.approx(expected, rel=0.01)
+    assert hidden["undefended"] == plain["undefended"]
+    assert hidden["microseconds"] > 0
+    assert prices["none"]["bytes_a_token"] == 32 * 4
+    assert (plain["data"], plain["cut"], plain["reason"]) == ("texts", 1, "")
+    assert failed["perplexity"] is failed["microseconds"] is None
+    assert failed["reason"] == "ConfigurationError: too wide for this defence"
+    assert json.loads(json.dumps(prices)) == prices
+
+
+def test_an_encrypted_query_has_the_perplexity_of_the_whole_model_and_a_strange_width_has_none() -> None:
+    class Wide(Hiding):
+        def protect(self, crossing: Crossing) -> Crossing:
+            return crossing.with_hidden(crossing.hidden.repeat(1, 1, 2))
+
+    def create(spec: str, seed: int) -> Defence:
+        return EncryptedQuery() if spec == "encrypted" else Wide(seed, 0.0) if spec == "wide" else Hiding(seed, 0.0)
+
+    prices = run(cuts=(1,), defences=("none", "encrypted", "wide"), create_defence=create).meta["prices"]
+    encrypted, wide = prices["encrypted"]["points"][0], prices["wide"]["points"][0]
+    assert prices["encrypted"]["whole_model"]
+    assert not prices["none"]["whole_model"]
+    assert encrypted["perplexity"] == prices["none"]["points"][0]["perplexity"]
+    assert encrypted["microseconds"] > 0
+    assert prices["encrypted"]["bytes_a_token"] == 4 * EncryptedQuery().width(32)
+    assert wide["perplexity"] is None
+    assert "cannot read" in wide["reason"]

@@ -14,6 +14,7 @@ from splitveil.defences.defence import Defence
 from splitveil.defences.encrypted import EncryptedQuery
 from splitveil.errors import ConfigurationError, NonFiniteError
 from splitveil.split import Crossing, cut
+from splitveil.wire.tensors import pack
 
 SPECS = ("none", "gaussian:0.1", "dchi:4", "int8", "int4", "bfloat16", "topk:0.25", "permutation", "encrypted")
 FALSE_ALARM = 1e-9
@@ -90,6 +91,36 @@ def test_states_that_are_not_finite_are_refused_where_there_is_text_only(spec: s
     crossing.hidden[2, 6, 0] = bad
     with pytest.raises(NonFiniteError):
         catalogue.create(spec).protect(crossing)
+
+
+# What crosses, in bytes: stated by the defence, and what the wire makes of it.
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        *(("none", 400), ("gaussian:0.1", 400), ("dchi:4", 400), ("permutation", 400), ("bfloat16", 200)),
+        *(("int8", 104), ("int4", 54), ("topk:0.25", 154), ("topk:0.01", 10), ("topk:0.9", 400)),
+    ],
+)
+def test_bytes_of_a_position_are_those_of_the_wire(spec: str, expected: int) -> None:
+    crossing = some(width=100)
+    defence = catalogue.create(spec)
+    assert defence.bytes_a_position(100) == expected
+    rows = defence.protect(crossing).hidden[crossing.text]
+    assert pack(rows.numpy()).size == expected * len(rows)
+
+
+def test_an_odd_width_is_rounded_up_to_whole_bytes() -> None:
+    crossing = some(width=33)
+    rows = catalogue.create("int4").protect(crossing).hidden[crossing.text]
+    assert pack(rows.numpy()).size == len(rows) * catalogue.create("int4").bytes_a_position(33) == len(rows) * 21
+
+
+def test_an_encrypted_position_is_a_query_row() -> None:
+    states = some().hidden[0]
+    query, _ = EncryptedQuery()._layer(32).query(states.numpy())
+    assert EncryptedQuery().bytes_a_position(32) == len(query) / len(states) > 4 * 1024
 
 
 def noise_of(defence: Defence, crossing: Crossing) -> Tensor:

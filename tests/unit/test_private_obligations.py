@@ -30,7 +30,7 @@ from splitveil.private.plain import PlainServed
 from splitveil.serving.pool import MaskPool
 
 SOURCE = Path(__file__).resolve().parents[2] / "src" / "splitveil"
-FILES = sorted(path for path in SOURCE.rglob("*.py") if path.name != "adapter_pb2.py")
+FILES = sorted(path for path in SOURCE.rglob("*.py") if not path.name.endswith("_pb2.py"))
 SECRET_FILES = [path for path in FILES if path.relative_to(SOURCE).parts[0] in ("lattice", "private")]
 
 

@@ -19,6 +19,7 @@ from splitveil.defences.encrypted import EncryptedQuery
 from splitveil.defences.none import Plain
 from splitveil.errors import ConfigurationError
 from splitveil.report import write_report
+from splitveil.report.frontier import KINDS
 from splitveil.report.lines import nice
 from splitveil.report.measurements import FLOOR, NONE, ORACLE, Cell, Measurements, Setting
 from splitveil.report.meta import Meta
@@ -280,7 +281,7 @@ def test_metrics_that_do_not_apply_are_no_failures_and_have_no_column(tmp_path: 
     }
     words = page(tmp_path).words
     assert "these texts mark no personal data" in words
-    heads = [part.split("Bytes")[0] for part in words.split("Best attack Tokens Verdict Unprotected")[1:]]
+    heads = [part.split("Perplexity")[0] for part in words.split("Best attack Tokens Verdict Unprotected")[1:]]
     assert [head.strip().startswith("Personal data") for head in heads] == [False, True]
 
 
@@ -369,6 +370,10 @@ def test_the_page_shows_everything_it_was_given(tmp_path: Path) -> None:
         *example.ATTACKS,
         "gaussian:0.1",
         "× 1.31",
+        "28.0 where the undefended model has 21.4",
+        "× 22.3 undefended",
+        "whole model on the device",
+        "MemoryError: 2.0 GB asked for",
         "bounded reader",
         "two points",
         "not a ranking",
@@ -493,9 +498,9 @@ def test_controls_are_not_shown_as_recovered_texts() -> None:
 def test_plots_are_files_of_their_own_and_say_what_they_show(tmp_path: Path) -> None:
     found = page(tmp_path)
     names = {p.name for p in (tmp_path / "plots").iterdir()}
-    assert names == {
-        f"{kind}-{n}.svg" for kind in ("recovery", "information", "information-text", "frontier") for n in (1, 2)
-    }
+    frontiers = [f"frontier-{{}}-cut{cut}-{kind.name}" for cut in example.CUTS for kind in KINDS]
+    kinds = [f"{kind}-{{}}" for kind in ("recovery", "information", "information-text", "defences")]
+    assert names == {f"{kind.format(n)}.svg" for kind in (*kinds, *frontiers) for n in (1, 2)}
     ids = [a["id"] for _, a in found.elements if a.get("id")]
     assert len(ids) == len(set(ids))
     for path in sorted((tmp_path / "plots").iterdir()):

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from splitveil.attacks.attack import Attack
 from splitveil.attacks.control import Ceiling, Commonest, Floor
+from splitveil.attacks.gradient import Gradient
 from splitveil.attacks.lens import Lens
 from splitveil.attacks.mlp import Mlp
 from splitveil.attacks.nearest import Nearest
@@ -19,7 +20,7 @@ CONTROLS = ("floor", "floor:commonest", "oracle")
 
 _ATTACKS: dict[str, Callable[[], Attack]] = {
     attack.name: attack
-    for attack in (Floor, Commonest, Ceiling, Lens, Nearest, Ridge, Mlp, Pooled, Revert, Optimise, Search)
+    for attack in (Floor, Commonest, Ceiling, Lens, Nearest, Ridge, Mlp, Pooled, Revert, Gradient, Optimise, Search)
 }
 
 

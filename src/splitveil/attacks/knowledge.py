@@ -21,6 +21,7 @@ class Access(StrEnum):
     QUERIES = "queries to the device half"
     WEIGHTS = "the device half's weights"
     HEAD = "the output head"
+    CLOUD = "the cloud half"
     SHADOW = "shadow text"
     EMBEDDINGS = "a public language model's embeddings"
     TRUTH = "the prompts themselves"
@@ -115,6 +116,9 @@ class Knowledge:
     _shadow: Shadow | None = field(default=None, repr=False)
     _embeddings: Tensor | None = field(default=None, repr=False)
     _truth: Tensor | None = field(default=None, repr=False)
+    _cloud: Callable[[Crossing], Tensor] | None = field(default=None, repr=False)
+    gradients: bool = False
+    """Whether the crossings under attack hold gradients, as the wire shows."""
 
     def restricted(self, needs: frozenset[Access]) -> "Knowledge":
         """The same attacker with only what an attack declares."""
@@ -131,6 +135,8 @@ class Knowledge:
             self._shadow,
             self._embeddings,
             self._truth,
+            self._cloud,
+            self.gradients,
         )
 
     @property
@@ -145,8 +151,14 @@ class Knowledge:
 
     @property
     def head(self) -> Callable[[Tensor], Tensor]:
-        """Final norm and output head: hidden states (…, width) → logits (…, vocabulary)."""
+        """The public model's final norm and output head: hidden states (…, width) → logits (…, vocabulary)."""
         return self._given(Access.HEAD, self._head)
+
+    @property
+    def cloud(self) -> Callable[[Crossing], Tensor]:
+        """The blocks after the cut, which whoever plays the cloud runs: a crossing → hidden states (batch, position,
+        the model's width) after the last block, before the final norm."""
+        return self._given(Access.CLOUD, self._cloud)
 
     @property
     def shadow(self) -> Shadow:

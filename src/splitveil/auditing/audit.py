@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from splitveil.attacks import catalogue as attack_catalogue
+from splitveil.auditing.cluster import joined
 from splitveil.auditing.data import Text, as_texts
+from splitveil.auditing.device import Devices, Knows
+from splitveil.auditing.distributed import run_on
 from splitveil.auditing.grid import CreateAttack, CreateDefence, Grid, Step, Watch
 from splitveil.auditing.information import Profile, profile_blocks
 from splitveil.auditing.meta import Names, describe
@@ -41,6 +44,11 @@ def audit(
     budget: float = Sizes.budget,
     seed: int = Sizes.seed,
     information: bool = False,
+    personal: str | Path | None = None,
+    attacker_knows: str = Knows.BASE,
+    training: bool = False,
+    ray: str | None = None,
+    ray_cpus: int = 1,
     names: Names | None = None,
     watch: Watch = silent,
     create_attack: CreateAttack = attack_catalogue.create,
@@ -54,11 +62,19 @@ def audit(
     attackers know them and adapt. The controls, ``floor`` and ``oracle``, always run. ``information`` adds estimates of
     how many bits about its token each position carries, block by block, without a defence.
 
+    ``personal`` is the folder of a personal part: the victims' device half is ``model`` with it in place. Attackers
+    know ``model`` alone, or with ``attacker_knows="personal"`` the personalised device as well. With ``training``, the
+    texts are trained on while they are attacked, in the U shape: gradients cross too, which no defence changes.
+
+    ``ray`` measures on a Ray cluster (``local``, ``auto``, ``HOST:PORT``, ``ray://HOST:PORT``), each attack in a task
+    with ``ray_cpus`` processors. The model, the prompts and the shadow text travel to its workers.
+
     With ``out``, rows are kept in that folder as they are measured, and those that are there are not measured again;
     the report covers all rows there of this model, data and shadow text. The model is neither changed nor copied.
 
     Raises ``ConfigurationError`` for an unknown attack, defence or cut, ``DataError`` for texts that cannot be used,
-    both before anything is measured. An attack that fails later has a row with its error.
+    both before anything is measured, and what ``joined`` raises for a cluster that cannot be used. An attack that fails
+    later has a row with its error.
     """
     sizes = Sizes(prompts, tokens, windows, budget, seed)
     names = names or Names()
@@ -70,18 +86,23 @@ def audit(
         check_length(model, tokenizer, tokens)
         victims = take_victims(tokenizer, found, prompts=prompts, tokens=tokens, seed=seed)
         check_vocabulary(model, victims.tokens)
-        setting = setting_of(model, victims, names.of(model), names.data, sizes)
         Grid.check(create_attack, create_defence, attacks, defences)
-        with _store(out) as store:
+        devices = Devices.of(model, personal, attacker_knows, training)
+        setting = setting_of(devices, victims, names.of(model), names.data, sizes)
+        with _store(out) as store, joined(ray, ray_cpus) as cluster:
             already = store.rows()
             attacked = [found[index].text for index in victims.indices]
             attacker = attackers_text(model, tokenizer, own, attacked, setting, sizes, store.folder, watch)
             check_vocabulary(model, attacker.train)
             setting = setting.knowing(attacker)
-            grid = Grid(model, tokenizer, victims, attacker, setting, create_attack, create_defence)
+            audited = model if devices.personal is None else devices.personal
+            grid = Grid(audited, tokenizer, victims, attacker, setting, create_attack, create_defence, devices)
             units = grid.plan(cuts, attacks, defences)
             missing = grid.missing(units, already)
-            grid.run(missing, store, watch)
+            if cluster is None:
+                grid.run(missing, store, watch)
+            else:
+                run_on(cluster, grid, missing, store, watch)
             profile = profile_blocks(grid, store, blocks, watch) if information else Profile()
             rows = [row for row in store.rows() if grid.owns(row)]
             keys = {row.key for row in rows}

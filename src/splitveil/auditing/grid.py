@@ -9,6 +9,7 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ import torch
 from splitveil.attacks.attack import Attack, Effort, Progress
 from splitveil.attacks.catalogue import CONTROLS
 from splitveil.attacks.knowledge import Access, Shadow
+from splitveil.auditing.device import Devices
+from splitveil.auditing.draws import drawn_again
 from splitveil.auditing.fitted import keep, kept
 from splitveil.auditing.intervals import UNMEASURED, Figure
 from splitveil.auditing.metrics import METRICS, check_recovery, describe_facts, score
@@ -47,7 +50,7 @@ Watch = Callable[[Step], None]
 CreateAttack = Callable[[str], Attack]
 CreateDefence = Callable[[str, int], Defence]
 """From a specification such as ``gaussian:0.1``, and a seed for what is random in it."""
-_Tell = Callable[[str], Progress]
+Tell = Callable[[str], Progress]
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,8 @@ class Grid:
     setting: Setting
     create_attack: CreateAttack
     create_defence: CreateDefence
+    devices: Devices | None = None
+    """Whose device is attacked, where ``model`` is not all there is to say: ``model`` is the victims' undefended."""
 
     @staticmethod
     def check(
@@ -121,7 +126,13 @@ class Grid:
             version = self.create_attack(row.attack).version
         except ConfigurationError:  # an attack that is no longer there, or came from elsewhere
             return False
-        fit_key = self.setting.fit_key(row.cut, row.attack, version, row.defence, row.defence_params)
+        params = row.defence_params
+        try:
+            # What a folder held then is no longer this defence if it holds something else now.
+            params = self.create_defence(row.defence, 0).params if "digest" in params else params
+        except ConfigurationError:
+            return False
+        fit_key = self.setting.fit_key(row.cut, row.attack, version, row.defence, params)
         return row.key == self.setting.row_key(fit_key, row.metric)
 
     def run(self, units: Sequence[Unit], store: Store, watch: Watch) -> None:
@@ -130,24 +141,52 @@ class Grid:
         stage: Stage | Exception
         for number, unit in enumerate(units):
             if at != (unit.cut, unit.spec):
-                at, stage = (unit.cut, unit.spec), self._stage(unit)
-            begun = time.perf_counter()
-            try:
-                if isinstance(stage, BaseException):
-                    raise stage
-                rows, texts = self._measure(unit, stage, store, _within(watch, number, len(units), unit))
-            except FAILURES as error:
-                rows, texts = [self._failed(unit, error, time.perf_counter() - begun)], []
-            store.append(rows, texts)
+                at, stage = (unit.cut, unit.spec), self.prepared(unit)
+            store.append(*self.measure(unit, stage, store, _within(watch, number, len(units), unit)))
 
-    def _stage(self, unit: Unit) -> Stage | Exception:
+    def measure(
+        self, unit: Unit, stage: Stage | Exception, store: Store, tell: Tell
+    ) -> tuple[list[Row], list[dict[str, Any]]]:
+        """Rows and texts of one unit, or the row that says why there are none. Only what was learnt is kept here."""
+        begun = time.perf_counter()
+        try:
+            if isinstance(stage, BaseException):
+                raise stage
+            with drawn_again(stage.defence):
+                return self._measure(unit, stage, store, tell)
+        except FAILURES as error:
+            return [self.failed(unit, error, time.perf_counter() - begun)], []
+
+    def victims_model(self, defence: Defence) -> Any:
+        """The model that the victims run under ``defence``, cut or not."""
+        return self._devices.victims(defence)
+
+    def stage(self, block: int, defence: Defence) -> Stage:
+        """What crosses there, and what the attackers may know."""
+        model, devices = self.victims_model(defence), self._devices
+        return Stage(
+            model,
+            block,
+            defence,
+            self.victims,
+            self.shadow,
+            attackers=devices.attackers(defence, model),
+            public=devices.public,
+            training=devices.training,
+        )
+
+    @property
+    def _devices(self) -> Devices:
+        return self.devices or Devices(self.model)
+
+    def prepared(self, unit: Unit) -> Stage | Exception:
         """What crosses there, or why nothing does: then no attack can be measured, and each has a row to say so."""
         try:
-            return Stage(self.model, unit.cut, unit.defence, self.victims, self.shadow)
+            return self.stage(unit.cut, unit.defence)
         except FAILURES as error:
             return error
 
-    def _measure(self, unit: Unit, stage: Stage, store: Store, tell: _Tell) -> tuple[list[Row], list[dict[str, Any]]]:
+    def _measure(self, unit: Unit, stage: Stage, store: Store, tell: Tell) -> tuple[list[Row], list[dict[str, Any]]]:
         attack = self.create_attack(unit.attack)
         known = stage.knowledge().restricted(attack.needs)
         with torch.random.fork_rng(devices=[]):
@@ -163,20 +202,13 @@ class Grid:
         embeddings = public_embeddings(self.model).cpu()
         figures = describe_facts(facts, self.victims, self.setting.seed)
         figures |= score(tokens, self.victims, self._decode, embeddings, self.setting.seed)
-        rows = [self._row(unit, metric, figure, seconds) for metric, figure in figures.items()]
+        rows = [self.row(unit, metric, figure, seconds) for metric, figure in figures.items()]
         shown = [] if unit.attack == ORACLE else list(side_by_side(self.tokenizer, self.victims, tokens))
-        about = {
-            "key": self.setting.row_key(unit.fit_key, METRICS[-1]),
-            "data": self.setting.data,
-            "cut": unit.cut,
-            "attack": unit.attack,
-            "defence": unit.spec,
-        }
-        return rows, [about | one for one in shown]
+        return rows, [self.about(unit) | one for one in shown]
 
-    def _learn(self, unit: Unit, attack: Attack, known: Any, store: Store, tell: _Tell) -> float:
+    def _learn(self, unit: Unit, attack: Attack, known: Any, store: Store, tell: Tell) -> float:
         """Seconds that learning took, now or in the run that it is kept from."""
-        path = store.folder / "fitted" / f"{unit.fit_key}.safetensors"
+        path = self.learnt(store, unit)
         found = kept(path)
         if found is not None:
             state, facts = found
@@ -188,11 +220,27 @@ class Grid:
         keep(path, attack.state(), {"seconds": repr(seconds), "attack": unit.label})
         return seconds
 
+    @staticmethod
+    def learnt(store: Store, unit: Unit) -> Path:
+        """Where what the unit's attacker learnt is kept."""
+        return store.folder / "fitted" / f"{unit.fit_key}.safetensors"
+
+    def about(self, unit: Unit) -> dict[str, Any]:
+        """What each of a unit's texts begins with."""
+        return {
+            "key": self.setting.row_key(unit.fit_key, METRICS[-1]),
+            "data": self.setting.data,
+            "cut": unit.cut,
+            "attack": unit.attack,
+            "defence": unit.spec,
+        }
+
     def _decode(self, ids: Sequence[int]) -> str:
         text: str = self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return text
 
-    def _row(self, unit: Unit, metric: str, figure: Figure, seconds: float, error: str | None = None) -> Row:
+    def row(self, unit: Unit, metric: str, figure: Figure, seconds: float, error: str | None = None) -> Row:
+        """One measurement of the unit."""
         return Row(
             key=self.setting.row_key(unit.fit_key, metric),
             model=self.setting.model,
@@ -211,8 +259,9 @@ class Grid:
             error=error,
         )
 
-    def _failed(self, unit: Unit, error: BaseException, seconds: float) -> Row:
-        return self._row(unit, METRICS[-1], UNMEASURED, seconds, one_line(error))
+    def failed(self, unit: Unit, error: BaseException, seconds: float) -> Row:
+        """The row of a unit that has no other."""
+        return self.row(unit, METRICS[-1], UNMEASURED, seconds, one_line(error))
 
 
 def one_line(error: BaseException) -> str:
@@ -220,7 +269,7 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
-def _within(watch: Watch, number: int, units: int, unit: Unit) -> _Tell:
+def _within(watch: Watch, number: int, units: int, unit: Unit) -> Tell:
     def tell(doing: str) -> Progress:
         def progress(done: float, note: str) -> None:
             watch(Step(number, units, f"{unit.label}: {doing}", done, note))

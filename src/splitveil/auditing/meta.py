@@ -39,17 +39,20 @@ def describe(
     marks = "" if victims.marked else "; no personal data is marked"
     attacks = {row.attack: grid.create_attack(row.attack) for row in scores(rows)}
     defences = {row.defence: grid.create_defence(row.defence, 0).summary for row in scores(rows)}
+    known = [] if grid.devices is None else [grid.devices.words(list(defences))]
     return {
         "title": "Inversion audit",
         "model": setting.model,
         "blocks": blocks,
         "data": {setting.data: attacked + marks},
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "attackers": " ".join(known),
         "shadow": f"{shadow.origin}; {len(shadow.train)} windows of {sizes.tokens} tokens to learn from, "
         f"{len(shadow.validation)} to validate",
         "command": names.command,
         "versions": versions(),
-        "digests": {"model": setting.model_digest, "data": setting.data_digest, "shadow": setting.shadow_digest},
+        "digests": {"model": setting.model_digest, "data": setting.data_digest, "shadow": setting.shadow_digest}
+        | ({"personal part": setting.personal} if setting.personal else {}),
         "invalid": invalid_reasons(rows),
         "attacks": {
             name: {

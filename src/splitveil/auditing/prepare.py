@@ -8,6 +8,7 @@ from typing import Any
 
 from splitveil.attacks.knowledge import Shadow
 from splitveil.auditing.data import Text
+from splitveil.auditing.device import Devices
 from splitveil.auditing.digest import digest, digest_model, digest_tensors
 from splitveil.auditing.fitted import keep, kept
 from splitveil.auditing.grid import Step, Watch
@@ -42,18 +43,21 @@ class Sizes:
             raise ConfigurationError(f"the seed is a whole number from 0 to 2^63 - 1, got {self.seed}")
 
 
-def setting_of(model: Any, victims: Victims, name: str, data: str, sizes: Sizes) -> Setting:
+def setting_of(devices: Devices, victims: Victims, name: str, data: str, sizes: Sizes) -> Setting:
     """Names and digests, without the shadow text's yet."""
     spans = [[[span.start, span.end, span.kind] for span in row] for row in victims.spans]
     tensors = {"tokens": victims.tokens, "scored": victims.scored, "personal": victims.personal}
     return Setting(
-        model=name,
+        model=f"{name}+{devices.folder}" if devices.folder else name,
         data=data,
-        model_digest=digest_model(model),
+        model_digest=digest_model(devices.public),
         data_digest=digest([digest_tensors(tensors), spans, victims.marked]),
         shadow_digest="",
         seed=sizes.seed,
         budget=sizes.budget,
+        personal=devices.digest,
+        knows=devices.knows.value,
+        training=devices.training,
     )
 
 

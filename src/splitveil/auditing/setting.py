@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from splitveil.attacks.knowledge import Shadow
+from splitveil.auditing.device import Knows
 from splitveil.auditing.digest import digest, digest_tensors
 
 FORMAT = 1
@@ -25,6 +26,12 @@ class Setting:
     seed: int
     budget: float
     """Seconds that an attack may learn."""
+    personal: str = ""
+    """Digest of the victims' personal part; empty where they run the public model."""
+    knows: str = ""
+    """What the attackers know of it."""
+    training: bool = False
+    """Whether the texts are being trained on."""
 
     def knowing(self, shadow: Shadow) -> "Setting":
         """The same setting with the digest of the attackers' text."""
@@ -32,7 +39,10 @@ class Setting:
         return replace(self, shadow_digest=digest([digest_tensors(tensors), shadow.origin]))
 
     def fit_key(self, cut: int, attack: str, version: int, defence: str, params: Params) -> str:
-        """Of what an attacker learnt. The victims are no part of it: the same attacker may meet several."""
+        """Of what an attacker learnt. The victims are no part of it: the same attacker may meet several.
+
+        Nor is a personal part that the attacker does not know.
+        """
         return digest(
             {
                 "format": FORMAT,
@@ -44,15 +54,22 @@ class Setting:
                 "attack": [attack, version],
                 "defence": [defence, dict(params)],
             }
+            | ({"personal": self.personal} if self.personal and self.knows == Knows.PERSONAL else {})
+            | ({"training": True} if self.training else {})
         )
 
     def row_key(self, fit_key: str, metric: str) -> str:
         """Of one measurement of that attacker on this data."""
-        return digest([fit_key, self.data_digest, metric])
+        return digest([fit_key, self.data_digest, metric, *self._personal()])
 
     def information_key(self, block: int, estimator: str, metric: str) -> str:
         """Of one estimate: it needs neither shadow text nor time to learn."""
-        return digest([FORMAT, self.model_digest, self.data_digest, self.seed, block, estimator, metric])
+        about = [FORMAT, self.model_digest, self.data_digest, self.seed, block, estimator, metric]
+        return digest([*about, *self._personal()[:1]])
+
+    def _personal(self) -> list[str]:
+        """Nothing for the public model, so that its keys do not depend on what else can be audited."""
+        return [self.personal, self.knows] if self.personal else []
 
     def derived_seed(self, *purpose: object) -> int:
         """A seed of its own for each purpose, so that no two draws that should differ are the same."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from splitveil.attacks.knowledge import Access, Knowledge, Oracle, Shadow, WhiteBox
+from splitveil.auditing.cloud import Head, UpperBlocks, returned_gradient
 from splitveil.auditing.windows import Victims
 from splitveil.defences.defence import Defence
 from splitveil.split import Crossing, Split, cut
@@ -16,47 +17,62 @@ BATCH = 32
 class Stage:
     """The victims' prompts are sent first, once; whatever an attacker asks of the same device comes after them."""
 
-    def __init__(self, model: Any, block: int, defence: Defence, victims: Victims, shadow: Shadow) -> None:
+    def __init__(
+        self,
+        model: Any,
+        block: int,
+        defence: Defence,
+        victims: Victims,
+        shadow: Shadow,
+        *,
+        attackers: Any = None,
+        public: Any = None,
+        training: bool = False,
+    ) -> None:
+        """``model`` is the victims'. The attackers' device half and head are those of ``attackers``, the embeddings
+        those of ``public``; by default both are ``model`` too. With ``training``, gradients cross as well, undefended.
+
+        Raises ``ConfigurationError`` for training where the upper blocks cannot read what the defence sends.
+        """
         self.split = cut(model, block)
         self.defence = defence
-        self.crossing = cross(self.split, defence, victims)
-        self._model = model
+        self._upper = UpperBlocks(model, block)
+        self._known = self.split if attackers is None else cut(attackers, block)
+        self._attackers = model if attackers is None else attackers
+        self._public = model if public is None else public
         self._victims = victims
         self._shadow = shadow
+        self._training = training
+        self.crossing = cross(self.split, defence, victims)
+        if training:
+            self.crossing = self.crossing.with_gradient(self._gradient(Head(model, self.split)))
 
     def knowledge(self) -> Knowledge:
         """Everything that any attack may declare, with counters at zero."""
-        embeddings = public_embeddings(self._model)
-        device, protect = self.split.device, self.defence.protect
+        embeddings = public_embeddings(self._public)
+        device, protect = self._known.device, self.defence.protect
         return Knowledge(
             vocabulary=embeddings.shape[0],
             width=self.crossing.width,
             granted=frozenset(Access),
             _oracle=Oracle(device, protect),
             _white_box=WhiteBox(device, protect),
-            _head=Head(self._model, self.split),
+            _head=Head(self._attackers, self._known),
             _shadow=self._shadow,
             _embeddings=embeddings,
             _truth=self._victims.tokens,
+            _cloud=self._upper,
+            gradients=self._training,
         )
 
+    def _gradient(self, head: Head) -> Tensor:
+        where = self.crossing.hidden.device
+        returned = [self._upper(self.crossing.rows(start, start + BATCH)) for start in self._starts()]
+        tokens = self._victims.tokens.clamp(min=0).to(where)
+        return returned_gradient(head, torch.cat(returned), tokens, self.crossing.text)
 
-class Head:
-    """Final norm and output head of a model: hidden states (…, width) → logits (…, vocabulary).
-
-    It is the cloud half of the last cut, which knows every family's way of doing this.
-    """
-
-    def __init__(self, model: Any, split: Split) -> None:
-        self._cloud = cut(model, split.blocks).cloud
-        self._width = model.get_output_embeddings().weight.shape[1]
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        # A defence may send more than the model's width, as the encrypted query does: the head takes what it can.
-        hidden = hidden[..., : self._width]
-        flat = hidden.reshape(-1, 1, hidden.shape[-1])  # a sequence each: positions have nothing to say to each other
-        logits: Tensor = self._cloud(Crossing(flat, torch.ones(len(flat), 1, dtype=torch.long, device=flat.device)))
-        return logits.reshape(*hidden.shape[:-1], -1)
+    def _starts(self) -> range:
+        return range(0, len(self.crossing.mask), BATCH)
 
 
 def public_embeddings(model: Any) -> Tensor:

@@ -20,6 +20,11 @@ COMMANDS = {
         "Answer one prompt privately (the customer's side).",
     ),
     "chat": ("splitveil.cli.generate", "chat", "Talk to a base model with a private adapter."),
+    "split": (
+        "splitveil.cli.split",
+        "split",
+        "Use and train a model in two halves, the upper one in the cloud.",
+    ),
     "audit": (
         "splitveil.cli.audit",
         "audit",
@@ -68,7 +73,7 @@ def main() -> None:
     if sys.argv[1:2] in [[name] for name in ("generate", "chat", "demo", "bench")]:
         _spin_less()
     status = _run()
-    if sys.argv[1:2] in (["generate"], ["chat"]):
+    if sys.argv[1:2] in (["generate"], ["chat"]) or sys.argv[1:3] in (["split", "train"], ["split", "generate"]):
         _leave(status)
     if status:
         sys.exit(status)

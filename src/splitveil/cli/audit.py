@@ -66,6 +66,15 @@ _OPTIONS: list[Callable[..., Any]] = [
         "--defence", "defences", default="none", show_default=True, type=_Names(), metavar="NAME,…", help="See above."
     ),
     click.option("--information", is_flag=True, help="Also estimate, in bits, what each block tells of its input."),
+    click.option("--personal", metavar="DIR", help="The victims' device half: `split train`'s OUT/personal, or LoRA."),
+    click.option(
+        "--attacker-knows",
+        type=click.Choice(["base", "personal"]),
+        default="base",
+        show_default=True,
+        help="Of --personal: nothing, or all of it (an upper bound).",
+    ),
+    click.option("--training", is_flag=True, help="The prompts are being trained on: gradients cross as well."),
     click.option(
         "--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Where rows and report go."
     ),
@@ -77,6 +86,10 @@ _OPTIONS: list[Callable[..., Any]] = [
     click.option(
         "--budget", default=540.0, show_default=True, metavar="SECONDS", help="To learn, for each attack at each cut."
     ),
+    click.option(
+        "--ray", metavar="ADDRESS", help="Measure on a Ray cluster: local, auto, HOST:PORT or ray://HOST:PORT."
+    ),
+    click.option("--ray-cpus", default=1, show_default=True, metavar="N", help="Processors for each of its tasks."),
     click.option("--seed", default=0, show_default=True, help="For samples, shadow text and learning."),
     click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table."),
 ]
@@ -121,10 +134,13 @@ def audit(
       the output head                 lens
       queries to the device half      nearest
       queries, and text of their own  ridge, mlp, pooled, revert (the strongest)
+      queries, text, head, and the gradients of --training
+                                      gradient
       the device half's weights       search (exact, certified), optimise
     Defences, which attackers know and adapt to:
       none, gaussian:SIGMA, dchi:ETA, int8, int4, bfloat16, topk:SHARE,
-      permutation, encrypted
+      permutation, encrypted, regularised:DIR (a device half trained to
+      tell less; attackers have it too). Gradients cross undefended.
 
     Data: .txt has one prompt a line. Tables and objects: --column, or the one called text, full_text, prompt, question,
     dialogue or content. Objects may mark personal data, which is then scored by itself:
@@ -135,6 +151,9 @@ def audit(
 
     Without --shadow, the attacker's text is sampled from the model itself, and uniformly random tokens. Text that
     shares 12 words in a row with a prompt under attack is refused.
+
+    With --ray, attacks run as tasks on a cluster; DIR stays here and is the same. Prompts and model travel to its
+    workers, and whoever reaches a Ray cluster runs code there: use one on a network that you trust.
 
     DIR gets rows.jsonl (one object a measurement), report.html, texts.jsonl and what attackers learnt (fitted/). THE
     REPORT AND TEXTS.JSONL CONTAIN PROMPTS from the data: keep them as you keep the data. An interrupted audit goes on
@@ -212,6 +231,8 @@ def _print(report: Any, out: Path) -> None:
     meta, scores = report.meta, report.scores
     (described,) = meta["data"].items()
     _line(console, f"{meta['model']} ({meta['blocks']} blocks) on {': '.join(described)}")
+    if meta["attackers"]:
+        _line(console, meta["attackers"])
     _line(console, f"The attackers' text: {meta['shadow']}")
     console.print()
     table = Table(box=None, header_style="bold", pad_edge=False)

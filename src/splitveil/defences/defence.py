@@ -27,3 +27,10 @@ class Defence(Protocol):
 
     def protect(self, crossing: Crossing) -> Crossing:
         """What crosses instead; fresh randomness at every call where there is any."""
+
+    def bytes_a_position(self, width: int) -> float:
+        """What one position of text takes on the wire, for states of ``width`` entries in float32.
+
+        In the smallest exact form of what ``protect`` returns, scales and indices included; the mask and what frames
+        a message are not.
+        """

@@ -42,6 +42,10 @@ class EncryptedQuery:
         """Words of a query row for states of ``width``: the width of what ``protect`` returns."""
         return self._layer(width).publication.parameters.query_width(width)
 
+    def bytes_a_position(self, width: int) -> float:
+        """One query row of one layer, in words of 4 bytes; an adapter of n layers sends n of them."""
+        return 4.0 * self.width(width)
+
     def protect(self, crossing: Crossing) -> Crossing:
         """(batch, position, ``width(crossing.width)``) float32 in [−½, ½]; zeros where there is no text.
 

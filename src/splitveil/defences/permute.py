@@ -35,6 +35,10 @@ class Permutation:
         """How wide the defended crossing of a plain one of ``width`` is: the same."""
         return width
 
+    def bytes_a_position(self, width: int) -> float:
+        """Float32 numbers: 4 · width."""
+        return 4.0 * width
+
     def protect(self, crossing: Crossing) -> Crossing:
         """The same dtype and shape; positions without text stay as they are."""
         hidden = crossing.hidden.clone()

@@ -1,5 +1,6 @@
 """Coarser numbers, as a crossing that saves bandwidth would send them: int8, int4, bfloat16."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import ClassVar
@@ -27,6 +28,10 @@ class _Rounding(ABC):
         """How wide the defended crossing of a plain one of ``width`` is: the same."""
         return width
 
+    def bytes_a_position(self, width: int) -> float:
+        """Whole bytes of ``bits`` an entry."""
+        return float(math.ceil(self.bits * width / 8))
+
     def protect(self, crossing: Crossing) -> Crossing:
         """What the cloud has after decoding: the same dtype and shape.
 
@@ -46,6 +51,10 @@ class _Rounding(ABC):
 
 class _Absmax(_Rounding):
     """Symmetric integers, one scale a position: scale = max|h|/(2^(bits−1) − 1), entries rounded to multiples of it."""
+
+    def bytes_a_position(self, width: int) -> float:
+        """Whole bytes of ``bits`` an entry, and the scale in float32."""
+        return super().bytes_a_position(width) + 4
 
     def _rounded(self, states: Tensor) -> Tensor:
         top = 2 ** (self.bits - 1) - 1

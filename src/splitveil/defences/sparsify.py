@@ -31,6 +31,11 @@ class TopK:
         """How wide the defended crossing of a plain one of ``width`` is: the same, zeros included."""
         return width
 
+    def bytes_a_position(self, width: int) -> float:
+        """How many cross, their values in float32, and their places; all values and no places where that is less."""
+        place = 2 if width <= 2**16 else 4
+        return float(min(4 + (4 + place) * self._kept(width), 4 * width))
+
     def protect(self, crossing: Crossing) -> Crossing:
         """The same dtype and shape; positions without text stay as they are.
 
@@ -39,8 +44,10 @@ class TopK:
         states = crossing.hidden[crossing.text]
         if not bool(states.isfinite().all()):
             raise NonFiniteError("a hidden state is NaN or infinite; its largest entries have no meaning")
-        kept = max(1, round(self.share * crossing.width))
-        places = states.abs().topk(kept, dim=-1).indices
+        places = states.abs().topk(self._kept(crossing.width), dim=-1).indices
         hidden = crossing.hidden.clone()
         hidden[crossing.text] = states.new_zeros(states.shape).scatter(-1, places, states.gather(-1, places))
         return crossing.with_hidden(hidden)
+
+    def _kept(self, width: int) -> int:
+        return max(1, round(self.share * width))

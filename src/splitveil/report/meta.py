@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from splitveil.report.prices import Price
+
 SETTINGS = {
     "prompts": "prompts attacked",
     "tokens": "tokens of a prompt, at most",
@@ -45,6 +47,8 @@ class Meta:
     blocks: int | None = None
     date: str = ""
     shadow: str = ""
+    attackers: str = ""
+    """What the attackers have and lack of the victims' device, where it is not simply the same."""
     command: str = ""
     data: Mapping[str, str] = field(default_factory=dict)
     """Data set → what is known of it."""
@@ -53,8 +57,8 @@ class Meta:
     invalid: tuple[str, ...] = ()
     attacks: Mapping[str, AttackInfo] = field(default_factory=dict)
     defences: Mapping[str, str] = field(default_factory=dict)
-    prices: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    """Defence → what it costs, in words or numbers by column."""
+    prices: Mapping[str, Price] = field(default_factory=dict)
+    """Defence → what it costs."""
     correlation: tuple[Correlation, ...] = ()
     estimators: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """Estimator → "applies", when its figure may be believed, and "source"."""
@@ -71,6 +75,7 @@ class Meta:
             blocks=None if blocks is None else int(blocks),
             date=str(meta.get("date", "")),
             shadow=str(meta.get("shadow", "")),
+            attackers=str(meta.get("attackers", "")),
             command=str(meta.get("command", "")),
             data=_described(meta.get("data")),
             versions=_words(meta.get("versions")),
@@ -78,7 +83,7 @@ class Meta:
             invalid=tuple(str(reason) for reason in meta.get("invalid") or ()),
             attacks={str(name): _attack(info) for name, info in (meta.get("attacks") or {}).items()},
             defences=_words(meta.get("defences")),
-            prices={str(name): _words(price) for name, price in (meta.get("prices") or {}).items()},
+            prices={str(name): Price.of(str(name), price) for name, price in (meta.get("prices") or {}).items()},
             estimators={str(name): _words(info) for name, info in (meta.get("estimators") or {}).items()},
             settings={words: str(meta[name]) for name, words in SETTINGS.items() if name in meta},
             correlation=tuple(_correlation(entry) for entry in meta.get("correlation") or ()),

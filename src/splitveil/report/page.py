@@ -13,8 +13,10 @@ from markupsafe import Markup
 
 from splitveil.errors import ConfigurationError
 from splitveil.report import tables
+from splitveil.report.by_defence import by_defence
 from splitveil.report.controls import broken, controls
-from splitveil.report.frontier import frontier
+from splitveil.report.findings import findings
+from splitveil.report.frontier import Panel, marks, panels
 from splitveil.report.lines import estimator_words, information, recovery
 from splitveil.report.literature import REFERENCES
 from splitveil.report.measurements import NONE, Measurements, Setting
@@ -31,6 +33,15 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 @dataclass(frozen=True)
+class Frontier:
+    """What is recovered against what is paid at one cut, and what follows from it."""
+
+    cut: int
+    panels: list[Panel]
+    findings: list[str]
+
+
+@dataclass(frozen=True)
 class Chapter:
     """Everything about one model on one data set."""
 
@@ -41,7 +52,8 @@ class Chapter:
     cuts: list[int]
     lines: list[tables.Line]
     plots: list[Plot]
-    frontier: Plot | None
+    by_defence: Plot | None
+    frontiers: list[Frontier]
     defences: dict[str, list[tables.Defended]]
     metrics: dict[str, str]
     everything: list[tables.Place]
@@ -62,7 +74,7 @@ def write_report(
     if strange:
         raise ConfigurationError(f"texts of {', '.join(sorted(strange))} were given, but no row of that data set")
     invalid = [*about.invalid, *broken(m)]
-    chapters = _chapters(m, about, shown)
+    chapters = _chapters(m, about, shown, invalid)
     costs = tables.metrics_present(m, tables.COSTS)
     page = (
         _environment()
@@ -77,7 +89,6 @@ def write_report(
             chapters=chapters,
             costs=tables.costs(m, costs) if costs else [],
             cost_titles=costs,
-            price_columns=tables.price_columns(about),
             failures=m.failures(),
             inapplicable=m.inapplicable(),
             references=REFERENCES,
@@ -90,7 +101,8 @@ def write_report(
     drawings = out / "plots"
     drawings.mkdir(exist_ok=True)
     for chapter in chapters:
-        for plot in [*chapter.plots, *([chapter.frontier] if chapter.frontier else [])]:
+        frontiers = [panel.plot for frontier in chapter.frontiers for panel in frontier.panels]
+        for plot in [*chapter.plots, *([chapter.by_defence] if chapter.by_defence else []), *frontiers]:
             (drawings / f"{plot.name}.svg").write_text(plot.file(), encoding="utf-8", errors="replace")
     path = out / "report.html"
     path.write_text(page, encoding="utf-8", errors="replace")  # a lone surrogate has no encoding
@@ -117,7 +129,7 @@ def _environment() -> Environment:
     return environment
 
 
-def _chapters(m: Measurements, about: Meta, shown: list[Example]) -> list[Chapter]:
+def _chapters(m: Measurements, about: Meta, shown: list[Example], invalid: list[str]) -> list[Chapter]:
     several = len({s.model for s in m.settings}) > 1
     out = []
     for number, setting in enumerate(m.settings, 1):
@@ -138,13 +150,25 @@ def _chapters(m: Measurements, about: Meta, shown: list[Example]) -> list[Chapte
                 cuts=m.cuts(setting),
                 lines=tables.by_cut(m, about, setting),
                 plots=[plot for plot in plots if plot],
-                frontier=frontier(m, about, setting, f"frontier-{number}"),
-                defences=tables.defences(m, setting),
+                by_defence=by_defence(m, setting, f"defences-{number}"),
+                frontiers=_frontiers(m, about, setting, f"frontier-{number}", invalid),
+                defences=tables.defences(m, about, setting),
                 metrics=metrics,
                 everything=tables.everything(m, setting, metrics),
                 examples=_chosen(m, setting, [e for e in shown if e.data == setting.data]),
             )
         )
+    return out
+
+
+def _frontiers(m: Measurements, about: Meta, setting: Setting, name: str, invalid: list[str]) -> list[Frontier]:
+    """Of each cut where two defences or more, or one and none, can be compared; the deepest first."""
+    out = []
+    for cut in reversed(m.cuts(setting)):
+        found = marks(m, about.prices, setting, cut)
+        if len(found) > 1:
+            drawn = panels(found, m.floor(setting, cut), setting, cut, f"{name}-cut{cut}")
+            out.append(Frontier(cut, drawn, findings(found, invalid)))
     return out
 
 

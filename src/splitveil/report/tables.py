@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from splitveil.report.measurements import ABSENT, INAPPLICABLE, NONE, ORACLE, SCORE, Cell, Measurements, Setting
 from splitveil.report.meta import Meta
 from splitveil.report.numbers import NOT_MEASURED, percent, percent_range, plain, plain_range
+from splitveil.report.prices import Words, priced
 from splitveil.report.standing import defended
 
 SHARES = ("token_accuracy", "exact_match", "personal_recall", "personal_characters", "certified")
@@ -147,9 +148,10 @@ class Defended:
     """By the attack that recovers most of it; None where the texts mark no personal data."""
     standing: str
     reason: str
+    price: Words
 
 
-def defences(m: Measurements, setting: Setting) -> dict[str, list[Defended]]:
+def defences(m: Measurements, meta: Meta, setting: Setting) -> dict[str, list[Defended]]:
     """Defence → by cut, the best adapted attack, beside the same attack on the unprotected crossing."""
     marked = "personal_recall" in metrics_present(m, METRICS, setting)
     nobody = Cell(math.nan, math.nan, math.nan, 0, "no attack has a result here; see what was not measured")
@@ -169,6 +171,7 @@ def defences(m: Measurements, setting: Setting) -> dict[str, list[Defended]]:
                 figure(personal, "personal_recall") if marked else None,
                 judged.standing.value,
                 judged.reason,
+                priced(meta.prices, defence, setting, cut),
             )
             out.setdefault(defence, []).append(row)
     return out
@@ -177,11 +180,6 @@ def defences(m: Measurements, setting: Setting) -> dict[str, list[Defended]]:
 def summary_of(defence: str, meta: Meta) -> str:
     """What a defence is, whether it is listed with its parameters or without."""
     return meta.defences.get(defence) or meta.defences.get(defence.partition(":")[0], "")
-
-
-def price_columns(meta: Meta) -> list[str]:
-    """Every column that any defence has a price in."""
-    return list(dict.fromkeys(column for price in meta.prices.values() for column in price))
 
 
 def prompts_range(m: Measurements, setting: Setting) -> str:

@@ -5,6 +5,8 @@ from typing import Protocol
 
 import grpc
 
+from splitveil.errors import KeyRejectedError, RefusedError
+
 ANONYMOUS = "anonymous"
 
 
@@ -61,3 +63,44 @@ class Anyone:
 
     def check(self) -> None:
         """Stays."""
+
+
+def identify(keys: Doorkeeper | None, key: str, adapter: str) -> Admitted:
+    """Who shows ``key`` (empty: nobody) and asks for ``adapter``; without ``keys`` anyone is let in.
+
+    Raises ``Rejected``. To be called before anything is looked up: who has no key does not learn what there is.
+    """
+    unauthenticated = grpc.StatusCode.UNAUTHENTICATED
+    if keys is None:
+        if key:
+            raise Rejected(unauthenticated, "this server knows no API keys; connect without one", "key")
+        return Anyone()
+    if not key:
+        raise Rejected(unauthenticated, "this server asks for an API key, which its vendor makes", "key")
+    try:
+        return keys.admit(key, adapter)
+    except KeyRejectedError as error:
+        raise Rejected(unauthenticated, str(error), "key") from None
+    except RefusedError as error:
+        raise Rejected(grpc.StatusCode.PERMISSION_DENIED, str(error), "database") from None
+
+
+def other_version(got: int, served: int) -> Rejected:
+    """The client speaks another version of the protocol."""
+    message = f"protocol version {got} is not served here, only {served}"
+    return Rejected(grpc.StatusCode.FAILED_PRECONDITION, message, "version")
+
+
+def declined(message: str) -> Rejected:
+    """What the client asks for is not done here."""
+    return Rejected(grpc.StatusCode.PERMISSION_DENIED, message, "declined")
+
+
+def dismissed(error: KeyRejectedError) -> Rejected:
+    """A client that was let in may stay no longer."""
+    return Rejected(grpc.StatusCode.UNAUTHENTICATED, str(error), "key")
+
+
+def full(what: str) -> Rejected:
+    """There is no room for one more."""
+    return Rejected(grpc.StatusCode.RESOURCE_EXHAUSTED, f"too many {what} are open", "sessions")

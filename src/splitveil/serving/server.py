@@ -3,15 +3,11 @@
 import logging
 import threading
 from collections.abc import Callable, Mapping
-from types import TracebackType
-from typing import Any
-
-import grpc
 
 from splitveil.errors import ConfigurationError, SplitveilError
-from splitveil.serving.address import is_loopback, require_loopback, split_address
-from splitveil.serving.ending import close_at_exit, never
+from splitveil.serving.ending import never
 from splitveil.serving.gate import Doorkeeper, Gate, Open
+from splitveil.serving.host import SPARE_CALLS, Host
 from splitveil.serving.operations.exposition import Exposition
 from splitveil.serving.operations.health import Health
 from splitveil.serving.operations.logs import tell
@@ -19,28 +15,15 @@ from splitveil.serving.operations.metrics import Metrics
 from splitveil.serving.operations.visits import Visits
 from splitveil.serving.publishing import ServedAdapter
 from splitveil.serving.service import Service
-from splitveil.serving.threads import SessionThreads
-from splitveil.serving.tls import ServerCredentials, ServerTLS
+from splitveil.serving.tls import ServerTLS
 from splitveil.wire import codec
 
 log = logging.getLogger(__name__)
 
 DEFAULT_SESSIONS = 32
-# Places for whoever is not in a session: told that there is no room; or asking for health; or on the way out.
-SPARE_CALLS = 16
-
-OPTIONS = [
-    *codec.GRPC_OPTIONS,
-    ("grpc.so_reuseport", 0),
-    # A client whose machine has vanished is noticed by its missing pongs.
-    ("grpc.keepalive_time_ms", 60_000),
-    ("grpc.keepalive_timeout_ms", 20_000),
-    # Clients do the same, through every pause of their user's; by default gRPC would end their connection for it.
-    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-]
 
 
-class Server:
+class Server(Host):
     """Serves adapters until closed; a context manager. ``address`` says where, with the port that was bound.
 
     Raises ``ConfigurationError`` for an address that is malformed or taken, for certificates that cannot be used, and
@@ -69,15 +52,7 @@ class Server:
         ``on_replace`` is called before an adapter is replaced, ``on_close`` once. ``metrics`` is where figures for
         Prometheus are served ("host:port"), ``log_identities`` lets the log name clients.
         """
-        host, port = split_address(listen)
-        if tls is None:
-            require_loopback(
-                host,
-                "listen beyond loopback",
-                allow_plaintext=allow_plaintext,
-                instead="--tls-cert and --tls-key",
-            )
-        self._credentials = None if tls is None else ServerCredentials(tls)
+        super().__init__(listen, tls=tls, allow_plaintext=allow_plaintext)
         if not adapters:
             raise ConfigurationError("a server needs at least one adapter: --adapter NAME=DIR")
         figures = None if metrics is None else Metrics(adapters)
@@ -89,21 +64,7 @@ class Server:
         self._replacing = threading.Lock()
         self._on_replace = on_replace
         self._on_close = on_close
-        self._threads = SessionThreads()
-        threads: Any = self._threads  # gRPC asks for a ThreadPoolExecutor, and calls ``submit`` alone
-        self._server = grpc.server(
-            threads,
-            handlers=[self._service, Health(lambda: self._visits.draining, SPARE_CALLS)],
-            # Open sessions, those that have said nothing yet, health checks, and those that are being ended: each is
-            # bounded by itself, so that none takes the others' places.
-            maximum_concurrent_rpcs=2 * sessions + 3 * SPARE_CALLS,
-            options=OPTIONS,
-        )
-        try:
-            bound = self._bind(f"{host}:{port}")
-        except RuntimeError:
-            raise ConfigurationError(f"cannot listen on {listen}: is the port taken?") from None
-        self.address = f"{host}:{bound}"
+        self._bound([self._service, Health(lambda: self._visits.draining, SPARE_CALLS)], sessions)
         self._exposition: Exposition | None = None
         if metrics is not None and figures is not None:
             try:
@@ -111,22 +72,7 @@ class Server:
             except ConfigurationError:
                 self._server.stop(None)
                 raise
-        self._server.start()
-        close_at_exit(self)
-
-    def _bind(self, address: str) -> int:
-        """The port. Raises ``RuntimeError``."""
-        if self._credentials is None:
-            return self._server.add_insecure_port(address)
-        return self._server.add_secure_port(address, self._credentials.grpc)
-
-    @property
-    def transport(self) -> str:
-        """How this server is reached, in words for its operator."""
-        if self._credentials is None:
-            here = is_loopback(split_address(self.address)[0])
-            return "plaintext, this machine only" if here else "PLAINTEXT, also beyond this machine"
-        return "TLS, clients show a certificate" if self._credentials.mutual else "TLS"
+        self._started()
 
     @property
     def metrics_address(self) -> str | None:
@@ -169,18 +115,12 @@ class Server:
             self._visits.metrics.adapter(name).replacement_failed()
         tell(log, logging.ERROR, "adapter_not_replaced", adapter=name, error=str(why))
 
-    def renew_certificate(self) -> None:
-        """Reads the TLS files again, for connections from now on. What cannot be used is logged and changes nothing."""
-        if self._credentials is None:
-            return
-        try:
-            self._credentials.renew()
-        except ConfigurationError as error:
-            tell(log, logging.ERROR, "certificate_not_renewed", error=str(error))
-            return
-        if self._visits.metrics is not None:
+    def renew_certificate(self) -> bool:
+        """As every host's; the figures name the new certificate."""
+        renewed = super().renew_certificate()
+        if renewed and self._visits.metrics is not None and self._credentials is not None:
             self._visits.metrics.certificate_expires(self._credentials.expires.timestamp())
-        tell(log, logging.INFO, "certificate_renewed", expires=self._credentials.expires.isoformat())
+        return renewed
 
     def summary(self) -> list[str]:
         """One line an adapter: what is served, for the operator to read."""
@@ -190,37 +130,11 @@ class Server:
             for name, adapter in self._service.adapters.items()
         ]
 
-    def wait(self) -> None:
-        """Blocks until the server is closed."""
-        self._server.wait_for_termination()
-
-    def drain(self, seconds: float, hurry: Callable[[], bool] = never) -> None:
-        """Closes, but lets sessions that are generating go on for ``seconds`` first, or until ``hurry()``.
-
-        No session begins meanwhile, and health checks say so. Sessions without a query for a second are not waited for.
-        """
-        self._visits.drain(seconds, hurry)
-        self.close(hurry)
-        tell(log, logging.INFO, "stopped")
-
     def close(self, hurry: Callable[[], bool] = never) -> None:
-        """Ends all sessions and stops listening; safe to call twice.
-
-        Answers that are being computed are waited for, ``ending.PATIENCE`` seconds at most, less once ``hurry()``.
-        """
-        self._visits.draining = True
-        self._server.stop(grace=0.5).wait()
-        self._threads.end(hurry)
+        """As every host's; the figures are no longer served, and ``on_close`` is called, once."""
+        super().close(hurry)
         if self._exposition is not None:
             self._exposition.close(hurry)
         on_close, self._on_close = self._on_close, None
         if on_close is not None:
             on_close()
-
-    def __enter__(self) -> "Server":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -1,23 +1,20 @@
 """The vendor's end of a session: one gRPC stream each, several adapters and several clients at once."""
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import grpc
 
 from splitveil.errors import BudgetExceededError, KeyRejectedError, ProtocolError, RefusedError
-from splitveil.serving.gate import Admitted, Anyone, Doorkeeper, Gate, Rejected
-from splitveil.serving.operations.threshold import Threshold
+from splitveil.serving.conversation import Conversations
+from splitveil.serving.gate import Admitted, Doorkeeper, Gate, Rejected, dismissed, identify, other_version
 from splitveil.serving.operations.visits import Visit, Visits
 from splitveil.serving.publishing import ServedAdapter
 from splitveil.serving.uploads import opened
 from splitveil.wire import codec
 
-HELLO_SECONDS = 20.0
 
-
-class Service(grpc.GenericRpcHandler):
-    """The single method of the service, with bytes in and out: decoding, and its limits, are the codec's."""
+class Service(Conversations):
+    """The sessions of private adapters."""
 
     def __init__(
         self,
@@ -29,8 +26,7 @@ class Service(grpc.GenericRpcHandler):
         silent: int,
     ) -> None:
         """``silent`` is how many may be connected that have not said anything yet."""
-        self._visits = visits
-        self._threshold = Threshold(silent)
+        super().__init__(codec.METHOD, visits, silent)
         self.adapters = dict(adapters)
         self.withdrawn: set[str] = set()
         """Adapters that are being replaced: nothing is answered under their names."""
@@ -38,38 +34,10 @@ class Service(grpc.GenericRpcHandler):
         self._keys = keys
         self._on_query = on_query
 
-    def service(self, details: Any) -> Any:
-        """gRPC's hook: the handler of a method name, or None."""
-        return grpc.stream_stream_rpc_method_handler(self._session) if details.method == codec.METHOD else None
-
-    def _session(self, requests: Iterator[bytes], context: Any) -> Iterator[bytes]:
-        visit = self._visits.enter()
-        reason, detail = "silent", ""
-        try:
-            self._visits.require_running()
-            with self._threshold.waiting(HELLO_SECONDS, context.cancel):
-                first = next(requests, None)
-            if first is not None:
-                reason = "error"
-                yield from self._serve(codec.decode_client(first, codec.MAX_HELLO), requests, visit, context)
-                reason = "left"
-        except (grpc.RpcError, GeneratorExit):
-            reason = "left" if visit.adapter else reason
-            raise
-        except Rejected as rejected:
-            reason = rejected.reason
-            context.abort(rejected.status, str(rejected))
-        except ProtocolError as error:
-            reason, detail = "malformed", str(error)
-            context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-        finally:
-            if visit.overdue:  # however the end of the wait has shown itself: to gRPC a call that is cut may just end
-                reason, detail = "silent", ""
-            self._visits.leave(visit, reason, detail)
-
     def _serve(
-        self, hello: codec.ClientMessage, requests: Iterator[bytes], visit: Visit, context: Any
+        self, first: bytes, requests: Iterator[bytes], visit: Visit, hang_up: Callable[[], object]
     ) -> Iterator[bytes]:
+        hello = codec.decode_client(first, codec.MAX_HELLO)
         client, adapter = self._admit(hello)
         name = hello.adapter if isinstance(hello, codec.Hello) else ""
         visit.admitted(client.identity, name)
@@ -83,7 +51,7 @@ class Service(grpc.GenericRpcHandler):
 
         def late() -> None:
             visit.overdue = True
-            context.cancel()
+            hang_up()
 
         session = opened(adapter, requests, late)
         for seq, raw in enumerate(requests, start=1):
@@ -106,12 +74,8 @@ class Service(grpc.GenericRpcHandler):
         if not isinstance(hello, codec.Hello):
             raise ProtocolError("a session begins with Hello")
         if hello.version != codec.VERSION:
-            raise Rejected(
-                grpc.StatusCode.FAILED_PRECONDITION,
-                f"protocol version {hello.version} is not served here, only {codec.VERSION}",
-                "version",
-            )
-        client = self._identify(hello)
+            raise other_version(hello.version, codec.VERSION)
+        client = identify(self._keys, hello.key, hello.adapter)
         adapter = self.adapters.get(hello.adapter)
         if adapter is None:
             raise Rejected(grpc.StatusCode.NOT_FOUND, "no adapter of that name is served here", "adapter")
@@ -122,25 +86,6 @@ class Service(grpc.GenericRpcHandler):
         """Raises ``Rejected`` for an adapter that was replaced, or is about to be."""
         if name in self.withdrawn or self.adapters[name] is not adapter:
             raise Rejected(grpc.StatusCode.ABORTED, "the adapter was replaced by its vendor", "replaced")
-
-    def _identify(self, hello: codec.Hello) -> Admitted:
-        """Before the adapter is looked up: who has no key does not learn which there are. Raises ``Rejected``."""
-        if self._keys is None:
-            if hello.key:
-                raise Rejected(
-                    grpc.StatusCode.UNAUTHENTICATED, "this server knows no API keys; connect without one", "key"
-                )
-            return Anyone()
-        if not hello.key:
-            raise Rejected(
-                grpc.StatusCode.UNAUTHENTICATED, "this server asks for an API key, which its vendor makes", "key"
-            )
-        try:
-            return self._keys.admit(hello.key, hello.adapter)
-        except KeyRejectedError as error:
-            raise Rejected(grpc.StatusCode.UNAUTHENTICATED, str(error), "key") from None
-        except RefusedError as error:
-            raise Rejected(grpc.StatusCode.PERMISSION_DENIED, str(error), "database") from None
 
     def _reply(
         self,
@@ -168,7 +113,7 @@ class Service(grpc.GenericRpcHandler):
             return codec.Refusal(query.seq, budget=False, message=str(error))
         except KeyRejectedError as error:
             visit.turned_down("key")
-            raise Rejected(grpc.StatusCode.UNAUTHENTICATED, str(error), "key") from None
+            raise dismissed(error) from None
         except RefusedError as error:
             spent = isinstance(error, BudgetExceededError)
             visit.turned_down("budget" if spent else "database")

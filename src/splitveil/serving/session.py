@@ -62,7 +62,7 @@ class Session:
 
         Raises ``RefusedError`` if the server refused it, ``BudgetExceededError`` if that is for too many rows.
         """
-        message = self._stream.wait(ticket)
+        message: codec.Answer | codec.Refusal = self._stream.wait(ticket)
         if isinstance(message, codec.Refusal):
             kind = BudgetExceededError if message.budget else RefusedError
             raise kind(f"the server refused a query: {message.message}")

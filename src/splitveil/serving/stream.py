@@ -11,9 +11,9 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, Protocol
 
 import grpc
 
@@ -30,6 +30,7 @@ from splitveil.serving.diagnosis import diagnose
 from splitveil.serving.ending import SHUTTING_DOWN, close_at_exit, end
 from splitveil.serving.tls import ClientCredentials
 from splitveil.wire import codec
+from splitveil.wire.parsing import GRPC_OPTIONS, printable
 
 CONNECT_SECONDS = 20.0
 """For the server's first message, and for every piece of a publication."""
@@ -38,7 +39,7 @@ ANSWER_SECONDS = 120.0
 POLL_SECONDS = 1.0
 
 OPTIONS = [
-    *codec.GRPC_OPTIONS,
+    *GRPC_OPTIONS,
     # A peer that stops reacting without closing the connection is noticed by its missing pongs.
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 20_000),
@@ -49,8 +50,22 @@ OPTIONS = [
 ]
 
 
-Outgoing: TypeAlias = "tuple[Ticket, tuple[int, ...], int, bytes] | codec.KeyChunk | None"
-"""A query with its claim to the answer, a piece of the session's keys, or the end."""
+class Wire(Protocol):
+    """A module that knows one wire format, such as ``splitveil.wire.codec``."""
+
+    METHOD: str
+    SERVER: str
+    """What its servers are called, behind "a Splitveil server"."""
+    COMMAND: str
+    """What starts them."""
+    REPLIES: Any
+    """The classes of replies; each has the ``seq`` of what it answers."""
+
+    def encode_client(self, message: Any) -> bytes:
+        """One message of a client."""
+
+    def decode_server(self, data: bytes) -> Any:
+        """One message of a server. Raises ``ProtocolError``."""
 
 
 @dataclass
@@ -69,22 +84,43 @@ class Ticket:
     __slots__ = ("arrived", "message")
 
     def __init__(self) -> None:
-        self.message: codec.Answer | codec.Refusal | None = None
+        self.message: Any = None
         self.arrived = threading.Lock()
         self.arrived.acquire()
+
+
+class Asked(NamedTuple):
+    """What waits to be sent: a claim to the reply, the message for a number, and how many rows it counts for."""
+
+    ticket: Ticket
+    message: Callable[[int], Any]
+    rows: int
 
 
 class Stream:
     """A stream that begins with ``hello``. First ``receive`` the welcome and the publication, then ``start_answers``.
 
+    ``wire`` is the format that is spoken, ``patience`` takes the place of ``ANSWER_SECONDS``.
+
     Whatever goes wrong is one of Splitveil's errors, and stays: a broken stream raises the same at every later call.
     """
 
-    def __init__(self, address: str, hello: codec.Hello, credentials: ClientCredentials | None = None) -> None:
+    def __init__(
+        self,
+        address: str,
+        hello: Any,
+        credentials: ClientCredentials | None = None,
+        *,
+        wire: Wire = codec,
+        patience: float | None = None,
+    ) -> None:
         self.traffic = Traffic()
         self._address = address
         self._process = os.getpid()
-        self._outgoing: queue.SimpleQueue[Outgoing] = queue.SimpleQueue()
+        self._wire = wire
+        self._patience = patience
+        # Requests, messages that get no reply, and None at the end.
+        self._outgoing: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._due: deque[Ticket] = deque()
         self._welcomed = False
         self._late = False
@@ -96,13 +132,13 @@ class Stream:
             self._channel = grpc.insecure_channel(address, options=OPTIONS)
         else:
             self._channel = grpc.secure_channel(address, credentials.grpc(), options=OPTIONS)
-        method: Any = self._channel.stream_stream(codec.METHOD)
+        method: Any = self._channel.stream_stream(wire.METHOD)
         self._call: Any = method(self._requests(hello))
         # gRPC calls back in the thread that serves this channel, which ends a moment after.
         self._call.add_callback(self._here)
         close_at_exit(self)
 
-    def receive(self) -> codec.Welcome | codec.Chunk | codec.Answer | codec.Refusal:
+    def receive(self) -> Any:
         """The next message, within ``CONNECT_SECONDS``; before ``start_answers`` only."""
         timer = threading.Timer(CONNECT_SECONDS, self._give_up)
         timer.daemon = True
@@ -122,11 +158,15 @@ class Stream:
 
     def submit(self, layers: tuple[int, ...], rows: int, data: bytes) -> Ticket:
         """Sends one query."""
+        return self.ask(lambda seq: codec.Query(seq, layers, rows, data), rows)
+
+    def ask(self, message: Callable[[int], Any], rows: int = 0) -> Ticket:
+        """Sends what ``message`` makes of the next number."""
         if self._process != os.getpid():
             raise ConnectionFailedError("a connection does not survive a fork; connect again in the new process")
         self._raise_failure()
         ticket = Ticket()
-        self._outgoing.put((ticket, layers, rows, data))
+        self._outgoing.put(Asked(ticket, message, rows))
         return ticket
 
     def upload(self, keys: bytes) -> None:
@@ -134,14 +174,15 @@ class Stream:
         for chunk in codec.key_chunks(keys):
             self._outgoing.put(chunk)
 
-    def wait(self, ticket: Ticket) -> codec.Answer | codec.Refusal:
+    def wait(self, ticket: Ticket) -> Any:
         """The answer to a query, once."""
         waited = 0.0
+        patience = ANSWER_SECONDS if self._patience is None else self._patience
         while not ticket.arrived.acquire(timeout=POLL_SECONDS):
             # Normally a failure wakes all that wait; this look is for a query handed in while it happened.
             self._raise_failure()
             waited += POLL_SECONDS
-            if min(waited, time.monotonic() - self._heard) >= ANSWER_SECONDS:
+            if min(waited, time.monotonic() - self._heard) >= patience:
                 self._fail(ConnectionFailedError(f"the server at {self._address} no longer answers"))
         if ticket.message is None:
             self._raise_failure()
@@ -159,19 +200,18 @@ class Stream:
     def _here(self) -> None:
         self._threads.append(threading.current_thread())
 
-    def _requests(self, hello: codec.Hello) -> Iterator[bytes]:
+    def _requests(self, hello: Any) -> Iterator[bytes]:
         """What gRPC sends, in a thread of its own."""
         self._here()
-        yield self._counted(codec.encode_client(hello))
+        yield self._counted(self._wire.encode_client(hello))
         while (item := self._outgoing.get()) is not None:
-            if isinstance(item, codec.KeyChunk):
-                yield self._counted(codec.encode_client(item))
+            if not isinstance(item, Asked):
+                yield self._counted(self._wire.encode_client(item))
                 continue
-            ticket, layers, rows, data = item
-            self._due.append(ticket)
+            self._due.append(item.ticket)
             self.traffic.queries += 1
-            self.traffic.rows += rows
-            yield self._counted(codec.encode_client(codec.Query(self.traffic.queries, layers, rows, data)))
+            self.traffic.rows += item.rows
+            yield self._counted(self._wire.encode_client(item.message(self.traffic.queries)))
 
     def _counted(self, data: bytes) -> bytes:
         self.traffic.sent += len(data)
@@ -183,7 +223,7 @@ class Stream:
             while True:
                 message = self._receive()
                 seq += 1
-                if not isinstance(message, codec.Answer | codec.Refusal) or message.seq != seq or not self._due:
+                if not isinstance(message, self._wire.REPLIES) or message.seq != seq or not self._due:
                     raise ProtocolError("the server sent something that is not the answer to the next query")
                 ticket = self._due.popleft()
                 ticket.message = message
@@ -191,7 +231,7 @@ class Stream:
         except SplitveilError as error:
             self._fail(error)
 
-    def _receive(self) -> codec.Welcome | codec.Chunk | codec.Answer | codec.Refusal:
+    def _receive(self) -> Any:
         try:
             data = next(self._call)
         except StopIteration:
@@ -200,7 +240,7 @@ class Stream:
             raise self._translate(error) from None
         self._heard = time.monotonic()
         self.traffic.received += len(data)
-        return codec.decode_server(data)
+        return self._wire.decode_server(data)
 
     # -- failures ----------------------------------------------------------------------------------------------------
 
@@ -215,8 +255,8 @@ class Stream:
         with contextlib.suppress(queue.Empty):
             while True:
                 item = self._outgoing.get_nowait()
-                if isinstance(item, tuple):
-                    item[0].arrived.release()
+                if isinstance(item, Asked):
+                    item.ticket.arrived.release()
         self._outgoing.put(None)
         with contextlib.suppress(IndexError):
             while True:
@@ -258,12 +298,7 @@ class Stream:
             )
         if status is grpc.StatusCode.UNAVAILABLE:
             return diagnose(self._address, self._credentials) or ConnectionFailedError(
-                f"no Splitveil server answers at {self._address}: is `splitveil serve` running there, and is the port "
-                "right?"
+                f"no Splitveil server{self._wire.SERVER} answers at {self._address}: is `{self._wire.COMMAND}` running "
+                "there, and is the port right?"
             )
-        return ConnectionFailedError(f"what answers at {self._address} is not a Splitveil server")
-
-
-def printable(text: str) -> str:
-    """A text from the other side as it may be shown on a terminal: bounded, no control characters."""
-    return "".join(c if c.isprintable() else "?" for c in text[: codec.MAX_TEXT])
+        return ConnectionFailedError(f"what answers at {self._address} is not a Splitveil server{self._wire.SERVER}")

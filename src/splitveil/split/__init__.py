@@ -1,6 +1,6 @@
-"""A causal language model cut in two: a device half, a cloud half, and exactly what crosses between them."""
+"""A causal language model cut in two or three: a device half, a cloud half, and exactly what crosses between them."""
 
 from splitveil.split.crossing import Crossing
-from splitveil.split.halves import CloudHalf, DeviceHalf, Split, cut
+from splitveil.split.halves import CloudHalf, DeviceHalf, MiddlePart, Split, Three, cut, cut_in_three
 
-__all__ = ["CloudHalf", "Crossing", "DeviceHalf", "Split", "cut"]
+__all__ = ["CloudHalf", "Crossing", "DeviceHalf", "MiddlePart", "Split", "Three", "cut", "cut_in_three"]

@@ -56,8 +56,8 @@ class DeviceHalf(nn.Module):
         return Crossing(self._exit[0].leave(), mask)
 
 
-class CloudHalf(nn.Module):
-    """The blocks after the cut, the final norm and the head: a ``Crossing`` in, logits out."""
+class _Upper(nn.Module):
+    """What begins where a ``Crossing`` arrives."""
 
     def __init__(self, model: PreTrainedModel, entrance: Entrance) -> None:
         super().__init__()
@@ -68,8 +68,7 @@ class CloudHalf(nn.Module):
         """An empty cache for one session of this half."""
         return DynamicCache(config=self.model.config)
 
-    def forward(self, crossing: Crossing, cache: Cache | None = None) -> Tensor:
-        """Logits (batch, position, vocabulary) of the positions that crossed."""
+    def _run(self, module: nn.Module, crossing: Crossing, cache: Cache | None) -> Any:
         hidden, mask = crossing.hidden, crossing.mask
         seen = (0 if cache is None else cache.get_seq_length()) + hidden.shape[1]
         mask = _mask(mask, hidden.shape[0], seen, hidden.device)
@@ -77,15 +76,35 @@ class CloudHalf(nn.Module):
         self._entrance[0].arrive(hidden)
         # Only the shape of these is read: masks and positions come from it, the states from what arrived.
         blank = torch.zeros(*hidden.shape[:2], width, dtype=hidden.dtype, device=hidden.device)
-        result = self.model(
+        return module(
             inputs_embeds=blank,
             attention_mask=mask,
             past_key_values=cache,
             use_cache=cache is not None,
             **_positions(self.model.base_model, mask, hidden.shape[1]),
         )
-        logits: Tensor = result.logits
+
+
+class CloudHalf(_Upper):
+    """The blocks after the cut, the final norm and the head: a ``Crossing`` in, logits out."""
+
+    def forward(self, crossing: Crossing, cache: Cache | None = None) -> Tensor:
+        """Logits (batch, position, vocabulary) of the positions that crossed."""
+        logits: Tensor = self._run(self.model, crossing, cache).logits
         return logits
+
+
+class MiddlePart(_Upper):
+    """The blocks after the cut and nothing above them: a ``Crossing`` in, hidden states out."""
+
+    def __init__(self, model: PreTrainedModel, entrance: Entrance, exit_: Exit) -> None:
+        super().__init__(model, entrance)
+        self._exit = [exit_]
+
+    def forward(self, crossing: Crossing, cache: Cache | None = None) -> Tensor:
+        """(batch, position, width): what the last block makes of it, before the final norm."""
+        self._run(self.model.base_model, crossing, cache)
+        return self._exit[0].leave()
 
 
 @dataclass(frozen=True)
@@ -147,6 +166,43 @@ def cut(model: Any, block: int) -> Split:
         block,
         count,
     )
+
+
+@dataclass(frozen=True)
+class Three:
+    """A U-shaped cut after block ``block`` of ``blocks``: lower blocks, upper blocks, and what follows the last one."""
+
+    device: DeviceHalf
+    middle: MiddlePart
+    tail: CloudHalf
+    """Final norm and head: what leaves the last block in, logits out."""
+    block: int
+    blocks: int
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Logits (batch, position, vocabulary) of ``tokens`` (batch, position), through both cuts."""
+        crossing = self.device(tokens, mask)
+        return self.tail(crossing.with_hidden(self.middle(crossing)))  # type: ignore[no-any-return]
+
+
+def cut_in_three(model: Any, block: int) -> Three:
+    """Cuts after ``block`` blocks and again after the last one, so that one side can hold both ends of the model.
+
+    As ``cut`` otherwise, with the same errors.
+    """
+    whole: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model
+    name, blocks = find_blocks(whole)
+    lower = cut(whole, block).device
+    count, last = len(blocks), len(blocks) - 1
+    as_tuple = returns_tuple(whole, blocks)
+    absent = (Absent(module, index, as_tuple) for index, module in enumerate(blocks[:block]))
+    middle: list[nn.Module] = [*absent, *blocks[block:]]
+    entrance = Entrance(middle[min(block, last)])
+    middle[min(block, last)] = entrance
+    exit_ = Exit(middle[last], output=True)
+    middle[last] = exit_
+    part = MiddlePart(with_blocks(whole, name, middle), entrance, exit_)
+    return Three(lower, part, cut(whole, count).cloud, block, count)
 
 
 def _mask(mask: Tensor | None, batch: int, seen: int, device: torch.device) -> Tensor:

@@ -65,6 +65,8 @@ class Plan:
     """Modules that carry an adapter, by the last part of their names."""
     seed: int = 0
     """Of the adapters' first weights. Both sides draw them for all blocks: a split run begins as an unsplit one."""
+    freeze_embeddings: bool = False
+    """Full training leaves the matrix of input embeddings as it is, and with it a head that is tied to it."""
 
     def __post_init__(self) -> None:
         if self.cut < 0 or not 1 <= self.rank <= 1024 or not 0 <= self.seed < 2**63:

@@ -1,6 +1,6 @@
 """The standard health service of gRPC (grpc.health.v1), for load balancers: no key, no names, one bit."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import grpc
@@ -22,8 +22,9 @@ class Health(grpc.GenericRpcHandler):
     ``Check`` alone. ``Watch``, which the standard lets a server leave out, would let strangers occupy threads for ever.
     """
 
-    def __init__(self, draining: Callable[[], bool], most: int) -> None:
+    def __init__(self, draining: Callable[[], bool], most: int, services: Collection[str] = SERVICES) -> None:
         """``draining()`` is what is told; at most so many checks wait for their request."""
+        self._services = services
         self._draining = draining
         self._threshold = Threshold(most)
 
@@ -45,7 +46,7 @@ class Health(grpc.GenericRpcHandler):
             request = next(requests, None)
         if request is None:
             context.abort(grpc.StatusCode.UNIMPLEMENTED, f"{METHOD} requires exactly one request message")
-        if request.service not in SERVICES:
+        if request.service not in self._services:
             context.abort(grpc.StatusCode.NOT_FOUND, "no such service")
         status = health_pb2.HealthCheckResponse
         return status(status=status.NOT_SERVING if self._draining() else status.SERVING)

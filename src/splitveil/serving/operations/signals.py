@@ -5,14 +5,14 @@ import signal
 from collections.abc import Callable
 from types import FrameType
 
-from splitveil.serving.server import Server
+from splitveil.serving.host import Host
 
 INTERRUPT_SECONDS = 1.0
 """Ctrl-C drains for so long at most: somebody is waiting at a terminal."""
 
 
 def run(
-    server: Server, *, drain: float, reload: Callable[[Callable[[], bool]], None], announce: Callable[[], None]
+    server: Host, *, drain: float, reload: Callable[[Callable[[], bool]], None], announce: Callable[[], None]
 ) -> None:
     """Blocks until SIGTERM or SIGINT, drains ``server`` for at most ``drain`` seconds and closes it.
 

@@ -1,0 +1,138 @@
+"""Checkpoints of one side of a run: safetensors and facts in JSON, each whole or not at all, the last two kept."""
+
+import dataclasses
+import hashlib
+import json
+import re
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from splitveil.errors import ConfigurationError, DataError
+from splitveil.split.folders import clear_unfinished, whole_folder
+from splitveil.splitlearning.interface import Optimiser, Plan, Shape, Trains
+
+FORMAT = 1
+FACTS, TENSORS = "facts.json", "tensors.safetensors"
+_NAME = re.compile(r"step-(\d{6,12})")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a checkpoint says of itself; a run is only continued by who has the same ``plan``, ``base`` and ``data``."""
+
+    step: int
+    side: str
+    plan: Plan
+    base: str
+    """Fingerprint of the base model."""
+    data: str = ""
+    """Digest of the windows and of the course; on the device only."""
+
+
+@dataclass(frozen=True, repr=False)
+class Kept:
+    """A checkpoint that was read."""
+
+    facts: Facts
+    tensors: dict[str, Tensor]
+
+
+@dataclass
+class Checkpoints:
+    """The checkpoints in one folder."""
+
+    folder: Path
+    damaged: dict[int, str] = field(default_factory=dict)
+    """Steps whose checkpoints could not be used when they were last looked at, and why."""
+
+    def steps(self) -> tuple[int, ...]:
+        """Steps whose checkpoints are whole, in order: every file is read and compared with its digest."""
+        self.damaged = {}
+        good = []
+        for step in self._named():
+            try:
+                self.read(step)
+            except DataError as error:
+                self.damaged[step] = str(error)
+            else:
+                good.append(step)
+        return tuple(good)
+
+    def read(self, step: int) -> Kept:
+        """Raises ``DataError`` for one that is missing, torn or damaged."""
+        folder = self._path(step)
+        try:
+            told = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+            content = (folder / TENSORS).read_bytes()
+            if told.pop("sha256") != _digest(told, content):
+                raise DataError(f"{folder} is damaged: {FACTS} and {TENSORS} do not have the digest that they should")
+            facts = _facts(told)
+            tensors = load(content)
+        except OSError as error:
+            raise DataError(f"{folder} cannot be read: {error.strerror or type(error).__name__}") from None
+        except (ValueError, KeyError, TypeError, AttributeError, SafetensorError, ConfigurationError) as error:
+            if isinstance(error, DataError):
+                raise
+            raise DataError(f"{folder} is damaged: {type(error).__name__} in {FACTS} or {TENSORS}") from None
+        if facts.step != step:
+            raise DataError(f"{folder} is damaged: its facts are of step {facts.step}")
+        return Kept(facts, tensors)
+
+    def write(self, facts: Facts, tensors: dict[str, Tensor]) -> None:
+        """Keeps this checkpoint and the one before it. Those of later steps are of a course that was given up, and go.
+
+        On the disk when this returns. Raises ``DataError`` where the disk refuses; what was there is then still there.
+        """
+        content = save(tensors)
+        told: dict[str, Any] = {
+            "format": FORMAT,
+            "step": facts.step,
+            "side": facts.side,
+            "plan": dataclasses.asdict(facts.plan),
+            "base": facts.base,
+            "data": facts.data,
+        }
+        told["sha256"] = _digest(told, content)
+        try:
+            with whole_folder(self._path(facts.step)) as made:
+                (made / TENSORS).write_bytes(content)
+                (made / FACTS).write_text(json.dumps(told, indent=1), encoding="utf-8")
+            self._prune(facts.step)
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+            raise DataError(f"a checkpoint cannot be written to {self.folder}: {reason}; older ones are kept") from None
+
+    def _prune(self, step: int) -> None:
+        earlier = [found for found in self._named() if found < step]
+        for found in self._named():
+            if found not in (step, *earlier[-1:]):
+                shutil.rmtree(self._path(found))
+        clear_unfinished(self.folder)
+
+    def _named(self) -> list[int]:
+        if not self.folder.is_dir():
+            return []
+        names = (_NAME.fullmatch(path.name) for path in self.folder.iterdir())
+        return sorted(int(found[1]) for found in names if found)
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:06}"
+
+
+def _digest(told: dict[str, Any], content: bytes) -> str:
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode() + content).hexdigest()
+
+
+def _facts(told: dict[str, Any]) -> Facts:
+    if told["format"] != FORMAT:
+        raise DataError(f"a checkpoint of format {told['format']!r}, expected {FORMAT}; use the version that wrote it")
+    plan = dict(told["plan"])
+    plan["shape"], plan["device"], plan["cloud"] = Shape(plan["shape"]), Trains(plan["device"]), Trains(plan["cloud"])
+    plan["optimiser"], plan["targets"] = Optimiser(**plan["optimiser"]), tuple(plan["targets"])
+    return Facts(int(told["step"]), str(told["side"]), Plan(**plan), str(told["base"]), str(told["data"]))
