@@ -258,6 +258,32 @@ WRONG: dict[str, tuple[list[str], str]] = {
 }
 
 
+def test_a_run_without_a_checkpoint_is_not_taken_for_the_base(model: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    common = ["--base", str(model), "--server", "127.0.0.1:9"]
+    begun = [
+        "split",
+        "train",
+        *common,
+        "--data",
+        str(data),
+        "--out",
+        str(out),
+        "--cut",
+        "1",
+        "--steps",
+        "1",
+        "--tokens",
+        "8",
+    ]
+    CliRunner().invoke(cli, begun)
+    assert (out / "run.json").is_file()
+    for personal in (out, out / "personal"):
+        used = ["split", "generate", *common, "--prompt", "the", "--personal", str(personal)]
+        result = CliRunner().invoke(cli, used)
+        assert "has not come to a checkpoint" in str(result.exception)
+
+
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_options_are_one_line(case: str, model: Path, data: Path, tmp_path: Path) -> None:
     arguments, part = WRONG[case]

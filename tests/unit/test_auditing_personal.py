@@ -177,6 +177,22 @@ def test_an_equal_personal_part_elsewhere_has_the_same_keys(tmp_path: Path) -> N
     assert {r.key for r in run(attacks=("fake",), personal=moved).rows} == {r.key for r in first.rows}
 
 
+def test_the_folder_of_a_run_will_do(tmp_path: Path) -> None:
+    part = lora(tmp_path / "mine" / "personal", 0.3)
+    one, other = run(attacks=("fake",), personal=part), run(attacks=("fake",), personal=tmp_path / "mine")
+    assert {row.key for row in one.rows} == {row.key for row in other.rows}
+    assert {row.model for row in (*one.rows, *other.rows)} == {f"{type(MODEL).__name__}+mine"}
+
+
+def test_attackers_who_lack_the_personal_part_learn_once_for_all_users(tmp_path: Path) -> None:
+    one, other = lora(tmp_path / "one", 0.3), lora(tmp_path / "other", 0.3, seed=1)
+    learnt = []
+    for how in ({}, {"personal": one}, {"personal": other}, {"personal": one, "attacker_knows": "personal"}):
+        run(tmp_path / "out", attacks=("fake",), **how)
+        learnt.append(len(list((tmp_path / "out" / "fitted").glob("*.safetensors"))))
+    assert learnt[0] == learnt[1] == learnt[2] < learnt[3]
+
+
 @pytest.mark.parametrize("size", [1e-8, 1e-5, 1e-3, 0.03, 0.3])
 def test_the_search_claims_nothing_that_is_wrong_where_the_device_is_another(tmp_path: Path, size: float) -> None:
     """Certified tokens are right, however far the victims' device half is from the one that is searched."""

@@ -1,5 +1,6 @@
 """The cloud's side alone: what it refuses, and that a refusal leaves everything as it was."""
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable
@@ -219,6 +220,44 @@ def test_limits_of_a_call_and_of_a_cache(base: PreTrainedModel, crossing: Crossi
         cloud.extend(crossing)
     cloud.restart()
     cloud.extend(crossing)
+
+
+def test_a_limit_of_logits(base: PreTrainedModel, tokens: Tensor, crossing: Crossing) -> None:
+    labels, logits = next_tokens(tokens), BATCH * LENGTH * 160
+    for limit in (logits - 1, logits):
+        limits = Limits(logits=limit)
+        cloud = LocalCloud(base, cut=1, shape=Shape.STRAIGHT, plan=STRAIGHT, limits=limits)
+        for call in (lambda c: c.forward(crossing, labels, 14.0), lambda c: c.evaluate(crossing, labels)):
+            if limit == logits:
+                call(cloud)
+                continue
+            with pytest.raises(RefusedError, match="more logits than this cloud computes at once"):
+                call(cloud)
+        # Where the head is on the device, none are computed here.
+        LocalCloud(base, cut=1, shape=Shape.U, limits=limits).evaluate(crossing, None)
+
+
+def test_a_loss_that_is_too_large_to_be_told(base: PreTrainedModel, tokens: Tensor, crossing: Crossing) -> None:
+    """A cloud that trains nothing accumulates no gradient that could be too large, and the states' one is finite."""
+    cloud = cloud_of(base, dataclasses.replace(STRAIGHT, cloud=Trains.NOTHING))
+    with pytest.raises(RefusedError, match="the loss became"):
+        cloud.forward(crossing, next_tokens(tokens), 1e-37)
+    assert cloud._own.batches == 0
+
+
+def test_upper_blocks_that_explode(base: PreTrainedModel, crossing: Crossing) -> None:
+    """Finite states in, infinite ones out: they are told as that, and nothing waits for a gradient."""
+    huge = copy.deepcopy(base)
+    for layer in huge.model.layers:
+        layer.mlp.down_proj.weight.data.fill_(3e38)
+    cloud = cloud_of(huge, U)
+    for call in (lambda: cloud.forward(crossing, None, 14.0), lambda: cloud.evaluate(crossing, None)):
+        with pytest.raises(RefusedError, match="a hidden state became"):
+            call()
+    with pytest.raises(RefusedError, match="forward comes first"):
+        cloud.backward(crossing.hidden)
+    with pytest.raises(RefusedError, match="texts have to begin anew"):
+        cloud.extend(crossing)
 
 
 def test_sessions_on_one_base_do_not_meet(base: PreTrainedModel, tokens: Tensor, crossing: Crossing) -> None:

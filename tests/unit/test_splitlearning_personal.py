@@ -136,6 +136,10 @@ BAD_LORA: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
     ),
     "another shape": (lambda p: retensor(p / ADAPTERS, lambda t: t | {Q: t[Q][1:]}), BaseModelError, "does not fit"),
     "another rank": (lambda p: edit(p / CONFIG, r=4), BaseModelError, "does not fit"),
+    "a rank of memory's end": (lambda p: edit(p / CONFIG, r=10**12), BaseModelError, "expected rank 1000000000000"),
+    "alpha beyond floats": (lambda p: edit(p / CONFIG, lora_alpha=10**400), AdapterError, "lora_alpha a number"),
+    "alpha of NaN": (lambda p: edit(p / CONFIG, lora_alpha=float("nan")), AdapterError, "lora_alpha a number"),
+    "settings a thousand deep": (lambda p: (p / CONFIG).write_text(100_000 * "["), AdapterError, "RecursionError"),
     "rank of words": (lambda p: edit(p / CONFIG, r="4"), AdapterError, "whole number"),
     "a block that is not there": (
         lambda p: retensor(p / ADAPTERS, lambda t: {k.replace("layers.0", "layers.7"): v for k, v in t.items()}),

@@ -21,7 +21,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import splitveil
 from splitveil.errors import ConfigurationError, ConnectionFailedError, VersionError
 
 LOCAL = "local"
@@ -70,12 +69,12 @@ class Cluster:
 def versions() -> dict[str, str]:
     """What must be equal on both sides for a row to be what it would have been here."""
     digest = hashlib.sha256()
-    root = Path(splitveil.__file__).parent
+    root = Path(__file__).resolve().parents[1]
     for path in sorted(root.rglob("*.py")):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return {
         "python": ".".join(platform.python_version_tuple()[:2]),
-        "splitveil": f"{splitveil.__version__} (source {digest.hexdigest()[:12]})",
+        "splitveil": f"{metadata.version('splitveil')} (source {digest.hexdigest()[:12]})",
         **{name: metadata.version(name) for name in _COMPARED},
     }
 

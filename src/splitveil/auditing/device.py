@@ -10,6 +10,9 @@ from splitveil.defences.regularised import Regularised, digest_folder
 from splitveil.errors import ConfigurationError
 from splitveil.split.personal import personalised
 
+PART = "personal"
+"""What `splitveil split train` calls the personal part within a run's folder."""
+
 
 class Knows(StrEnum):
     """What attackers know of a personalised device."""
@@ -45,9 +48,9 @@ class Devices:
             if knows == Knows.PERSONAL:
                 raise ConfigurationError("attackers who know the personal part need one: give --personal (personal=)")
             return Devices(base, training=training)
-        folder = Path(personal)
+        folder = part_of(Path(personal))
         digest = digest_folder(folder)
-        return Devices(base, personalised(base, folder), folder.resolve().name, digest, Knows(knows), training)
+        return Devices(base, personalised(base, folder), named(folder), digest, Knows(knows), training)
 
     def victims(self, defence: Defence) -> Any:
         """The model whose lower blocks the victims run, and whose upper blocks the cloud does."""
@@ -85,3 +88,15 @@ class Devices:
                 "of any other personal part."
             )
         return " ".join(said)
+
+
+def part_of(folder: Path) -> Path:
+    """The personal part itself, where ``folder`` is that of the run that trained it."""
+    inside = folder / PART
+    return inside if inside.is_dir() else folder
+
+
+def named(folder: Path) -> str:
+    """What rows call a personal part: the name of its folder, or of the run around it."""
+    whole = folder.resolve()
+    return whole.parent.name if whole.name == PART else whole.name

@@ -66,7 +66,7 @@ _OPTIONS: list[Callable[..., Any]] = [
         "--defence", "defences", default="none", show_default=True, type=_Names(), metavar="NAME,…", help="See above."
     ),
     click.option("--information", is_flag=True, help="Also estimate, in bits, what each block tells of its input."),
-    click.option("--personal", metavar="DIR", help="The victims' device half: `split train`'s OUT/personal, or LoRA."),
+    click.option("--personal", metavar="DIR", help="The victims' device half: what `split train` wrote, or a LoRA."),
     click.option(
         "--attacker-knows",
         type=click.Choice(["base", "personal"]),

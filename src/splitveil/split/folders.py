@@ -20,7 +20,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     made = target.parent / f".{target.name}.{secrets.token_hex(8)}"
-    made.mkdir()
+    made.mkdir(mode=0o700)  # what was learnt from somebody's text is in it
     try:
         yield made
         for file in (*made.iterdir(), made):
@@ -28,7 +28,11 @@ def whole_folder(target: Path) -> Iterator[Path]:
         if target.exists():
             old = target.parent / f".{target.name}.{secrets.token_hex(8)}.old"
             target.rename(old)
-            made.rename(target)
+            try:
+                made.rename(target)
+            except OSError:
+                old.rename(target)
+                raise
             shutil.rmtree(old)
         else:
             made.rename(target)

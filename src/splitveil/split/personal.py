@@ -5,7 +5,6 @@ Both are read with a whole base model, whose lower blocks they replace or adapt.
 
 import copy
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from splitveil.errors import AdapterError, BaseModelError
 from splitveil.split.folders import whole_folder
 
+LARGEST_ALPHA = 1e9
 CONFIG, ADAPTERS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "device.safetensors"
 # Fields of PEFT that would make another adapter of the same tensors, at the values where they do nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -84,6 +84,12 @@ def _with_weights(twin: PreTrainedModel, place: Path) -> PreTrainedModel:
 def _with_adapters(twin: PreTrainedModel, place: Path) -> PreTrainedModel:
     rank, alpha, rslora = _settings(place / CONFIG)
     tensors = _tensors(place / ADAPTERS)
+    # Before PEFT makes matrices of whatever rank the file says.
+    for name, tensor in tensors.items():
+        if tensor.ndim != 2 or rank not in tensor.shape:
+            raise BaseModelError(
+                f"{place} does not fit this model: {name[:200]!r} is {tuple(tensor.shape)}, expected rank {rank}"
+            )
     named = dict(twin.named_modules())
     modules = _modules(tensors)
     for name in modules:
@@ -156,9 +162,9 @@ def _settings(file: Path) -> tuple[int, float, bool]:
         rank, alpha = told["r"], told["lora_alpha"]
     except OSError as error:
         raise AdapterError(f"{file} cannot be read: {error.strerror or type(error).__name__}") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise AdapterError(f"{file} is damaged: {type(error).__name__} where an adapter's settings are read") from None
-    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or not math.isfinite(alpha):
+    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or not abs(alpha) <= LARGEST_ALPHA:
         raise AdapterError(f"{file}: r is a whole number from 1 and lora_alpha a number, got {rank!r} and {alpha!r}")
     for name, allowed in _NEUTRAL.items():
         if name in told and told[name] not in allowed:

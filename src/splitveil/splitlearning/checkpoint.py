@@ -19,7 +19,8 @@ from splitveil.splitlearning.interface import Optimiser, Plan, Shape, Trains
 
 FORMAT = 1
 FACTS, TENSORS = "facts.json", "tensors.safetensors"
-_NAME = re.compile(r"step-(\d{6,12})")
+_DAMAGE = (ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError, ConfigurationError)
+_NAME = re.compile(r"step-(\d{6}|[1-9]\d{6,11})")
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class Checkpoints:
     """The checkpoints in one folder."""
 
     folder: Path
+    shown: str = ""
+    """What errors call the folder; its path where this is empty. A path of the cloud's is none of the device's."""
     damaged: dict[int, str] = field(default_factory=dict)
     """Steps whose checkpoints could not be used when they were last looked at, and why."""
 
@@ -67,21 +70,22 @@ class Checkpoints:
     def read(self, step: int) -> Kept:
         """Raises ``DataError`` for one that is missing, torn or damaged."""
         folder = self._path(step)
+        name = f"step {step} of {self.shown}" if self.shown else str(folder)
         try:
             told = json.loads((folder / FACTS).read_text(encoding="utf-8"))
             content = (folder / TENSORS).read_bytes()
             if told.pop("sha256") != _digest(told, content):
-                raise DataError(f"{folder} is damaged: {FACTS} and {TENSORS} do not have the digest that they should")
+                raise DataError(f"{name} is damaged: {FACTS} and {TENSORS} do not have the digest that they should")
             facts = _facts(told)
             tensors = load(content)
         except OSError as error:
-            raise DataError(f"{folder} cannot be read: {error.strerror or type(error).__name__}") from None
-        except (ValueError, KeyError, TypeError, AttributeError, SafetensorError, ConfigurationError) as error:
-            if isinstance(error, DataError):
-                raise
-            raise DataError(f"{folder} is damaged: {type(error).__name__} in {FACTS} or {TENSORS}") from None
+            raise DataError(f"{name} cannot be read: {error.strerror or type(error).__name__}") from None
+        except DataError:
+            raise
+        except _DAMAGE as error:
+            raise DataError(f"{name} is damaged: {type(error).__name__} in {FACTS} or {TENSORS}") from None
         if facts.step != step:
-            raise DataError(f"{folder} is damaged: its facts are of step {facts.step}")
+            raise DataError(f"{name} is damaged: its facts are of step {facts.step}")
         return Kept(facts, tensors)
 
     def write(self, facts: Facts, tensors: dict[str, Tensor]) -> None:
@@ -106,7 +110,8 @@ class Checkpoints:
             self._prune(facts.step)
         except OSError as error:
             reason = error.strerror or type(error).__name__
-            raise DataError(f"a checkpoint cannot be written to {self.folder}: {reason}; older ones are kept") from None
+            place = self.shown or self.folder
+            raise DataError(f"a checkpoint cannot be written to {place}: {reason}; older ones are kept") from None
 
     def _prune(self, step: int) -> None:
         earlier = [found for found in self._named() if found < step]

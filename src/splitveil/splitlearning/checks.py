@@ -21,6 +21,8 @@ class Limits:
     """Texts."""
     states: int = 32768
     """Texts × positions, those before in the cache included: what memory is proportional to."""
+    logits: int = 1 << 28
+    """Texts × positions × vocabulary where a loss is computed: 1 GiB of float32, of which there are a few copies."""
 
 
 DEFAULT_LIMITS = Limits()
@@ -68,9 +70,14 @@ class Expected:
 
     def labels(self, labels: Tensor, crossing: Crossing) -> None:
         """Tokens to predict, or ``NOTHING``, for the positions of ``crossing``."""
-        if tuple(labels.shape) != tuple(crossing.hidden.shape[:2]):
-            expected = tuple(crossing.hidden.shape[:2])
-            raise RefusedError(f"labels are {tuple(labels.shape)}, expected {expected}: one for each position")
+        texts, count, _ = crossing.hidden.shape
+        if texts * count * self.vocabulary > self.limits.logits:
+            raise RefusedError(
+                f"{texts} texts of {count} positions have more logits than this cloud computes at once, "
+                f"{self.limits.logits} numbers for a vocabulary of {self.vocabulary}; use smaller batches"
+            )
+        if tuple(labels.shape) != (texts, count):
+            raise RefusedError(f"labels are {tuple(labels.shape)}, expected {(texts, count)}: one for each position")
         if labels.dtype != torch.int64:
             raise RefusedError(f"labels are {labels.dtype}, expected torch.int64")
         told = labels != NOTHING

@@ -1,5 +1,6 @@
 """The upper blocks in this process: one session of a cloud, without the network."""
 
+import logging
 import math
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -10,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from splitveil.errors import ConfigurationError, DataError, NonFiniteError, RefusedError
+from splitveil.serving.operations.logs import tell
 from splitveil.split import Crossing
 from splitveil.splitlearning.checkpoint import Checkpoints, Facts
 from splitveil.splitlearning.checks import DEFAULT_LIMITS, Expected, Limits, check_normaliser
@@ -18,8 +20,10 @@ from splitveil.splitlearning.interface import Optimiser, Plan, Shape
 from splitveil.splitlearning.loss import summed_loss
 from splitveil.splitlearning.trainable import Trainable
 
+log = logging.getLogger(__name__)
 P = ParamSpec("P")
 R = TypeVar("R")
+SHOWN = "this run in the cloud"
 
 
 class LocalCloud:
@@ -50,7 +54,7 @@ class LocalCloud:
         self._plan = plan
         self._own = Trainable(parts.trained, Optimiser() if plan is None else plan.optimiser)
         self._place, self._base = base.device, fingerprint(base)
-        self._checkpoints = None if folder is None else Checkpoints(folder)
+        self._checkpoints = None if folder is None else Checkpoints(folder, SHOWN)
         self._expected = Expected(width_of(base), vocabulary_of(base), base.dtype, context_of(base), limits)
         self._cache, self._texts = self._middle.new_cache(), 0
         self._waiting: tuple[Tensor, Tensor] | None = None
@@ -145,6 +149,8 @@ class LocalCloud:
         try:
             checkpoints.write(Facts(step, Side.CLOUD, plan, self._base), self._own.state())
         except DataError as error:
+            # Whoever runs the cloud is told, too: the disk is theirs.
+            tell(log, logging.ERROR, "checkpoint_not_written", run=checkpoints.folder.name, error=str(error))
             raise RefusedError(str(error)) from None
 
     def steps(self) -> tuple[int, ...]:
@@ -232,7 +238,7 @@ def trained_cloud(
 
     Raises ``RefusedError`` where there are none, or where they are of another cut, shape or base model.
     """
-    checkpoints = Checkpoints(folder)
+    checkpoints = Checkpoints(folder, SHOWN)
     steps = checkpoints.steps()
     if not steps:
         damaged = "".join(f"; {text}" for text in checkpoints.damaged.values())

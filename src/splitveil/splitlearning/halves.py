@@ -102,7 +102,9 @@ def with_adapters(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
             torch.manual_seed(plan.seed)
             adapted: PreTrainedModel = get_peft_model(model, config).get_base_model()
     except ValueError as error:
-        raise ConfigurationError(f"no adapters for {', '.join(plan.targets)}: {error}") from None
+        # PEFT prints the module, which may be the whole model, over many lines.
+        reason = str(error).partition("\n")[0][:200]
+        raise ConfigurationError(f"no adapters for {', '.join(plan.targets)}: {reason}") from None
     place, _ = find_blocks(adapted)
     outside = {name for name, _ in adapted.named_parameters() if "lora_" in name and not name.startswith(f"{place}.")}
     if outside:

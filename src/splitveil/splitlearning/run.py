@@ -24,7 +24,7 @@ from splitveil.splitlearning.course import Course
 from splitveil.splitlearning.data import hold_out, make_windows
 from splitveil.splitlearning.device import Device
 from splitveil.splitlearning.interface import Plan, Shape, Trains
-from splitveil.splitlearning.training import PERSONAL, DeviceRun, Outcome, Watch, train
+from splitveil.splitlearning.training import CHECKPOINTS, PERSONAL, DeviceRun, Outcome, Watch, train
 
 FORMAT = 1
 RUN, TOKEN = "run.json", "token"
@@ -132,9 +132,14 @@ def open_for_use(
 
 
 def read_run(folder: Path) -> Told:
-    """What ``folder``, or the folder around it, says of its run. Raises ``DataError`` where there is no run."""
+    """What ``folder``, or the folder around it, says of its run.
+
+    Raises ``DataError`` where there is no run, or none that has come to a checkpoint.
+    """
     for place in (folder, folder.parent):
         if (place / RUN).is_file():
+            if not (place / CHECKPOINTS).is_dir():
+                raise DataError(f"the run in {place} has not come to a checkpoint; go on with `split train` first")
             return _told(place)
     raise DataError(f"{folder} belongs to no run: expected {RUN}, which `split train` wrote to its --out")
 
@@ -148,7 +153,7 @@ def _told(place: Path) -> Told:
         cut, shape, cloud = int(plan["cut"]), Shape(plan["shape"]), Trains(plan["cloud"])
     except OSError as error:
         raise DataError(f"{place / RUN} cannot be read: {error.strerror or type(error).__name__}") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{place / RUN} is damaged: {type(error).__name__} where a plan is read") from None
     personal = place / PERSONAL
     token = _read_token(place / TOKEN) if cloud is not Trains.NOTHING else None

@@ -16,7 +16,7 @@ from splitveil.split.blocks import find_blocks
 from splitveil.splitlearning.checks import DEFAULT_LIMITS, Limits
 from splitveil.splitlearning.cloud import LocalCloud
 from splitveil.splitlearning.interface import Shape, Trains
-from splitveil.splitlearning.service import SILENT_SECONDS, Offer, SplitService
+from splitveil.splitlearning.service import DEFAULT_RUNS, SILENT_SECONDS, Offer, SplitService
 from splitveil.wire import split_codec as codec
 
 DEFAULT_SESSIONS = 32
@@ -46,6 +46,7 @@ class SplitServer(Host):
         keys: Doorkeeper | None = None,
         sessions: int = DEFAULT_SESSIONS,
         training: int = DEFAULT_TRAINING,
+        runs: int = DEFAULT_RUNS,
         silence: float = SILENT_SECONDS,
         limits: Limits = DEFAULT_LIMITS,
         log_identities: bool = False,
@@ -54,8 +55,8 @@ class SplitServer(Host):
         """``base`` is only read, and shared by all sessions; those that train copy what they train.
 
         ``name`` is what API keys call it, ``state`` where checkpoints of runs are kept, ``trains`` what may be trained
-        here, ``training`` how many sessions at once may, ``silence`` after how many seconds without a request a session
-        is ended. ``on_close`` is called once.
+        here, ``training`` how many sessions at once may, ``runs`` how many ``state`` keeps, ``silence`` after how many
+        seconds without a request, or with an answer that is not taken, a session is ended. ``on_close`` is called once.
 
         Raises ``ConfigurationError`` as ``Host`` does, and for a cut that the model does not have; ``BaseModelError``
         for a model that cannot be cut.
@@ -64,7 +65,7 @@ class SplitServer(Host):
         check_adapter_name(name)
         LocalCloud(base, cut=cut, shape=shape).close()  # raises now what every session would meet
         self._on_close = on_close
-        self._offer = Offer(base, name, cut, shape, len(find_blocks(base)[1]), state, trains, limits)
+        self._offer = Offer(base, name, cut, shape, len(find_blocks(base)[1]), state, trains, limits, runs)
         self._visits = Visits(sessions, log_identities=log_identities)
         service = SplitService(self._offer, keys, self._visits, sessions + SPARE_CALLS, training, silence)
         health = Health(lambda: self._visits.draining, SPARE_CALLS, ("", codec.METHOD.split("/")[1]))

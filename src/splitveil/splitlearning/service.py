@@ -38,6 +38,7 @@ SILENT_SECONDS = 900.0
 """A session that asks nothing for so long is ended: a device computes between two requests, but not that long."""
 HANDOVER_SECONDS = 20.0
 """How long a device that comes back waits for the end of the session that it left behind."""
+DEFAULT_RUNS = 1000
 _TRAINING = frozenset({Kind.FORWARD, Kind.BACKWARD, Kind.STEP, Kind.DISCARD, Kind.SAVE})
 
 
@@ -56,6 +57,8 @@ class Offer:
     trains: frozenset[Trains]
     """What may be trained here."""
     limits: Limits = DEFAULT_LIMITS
+    runs: int = DEFAULT_RUNS
+    """How many runs are kept in ``state``: each token makes one, and tokens cost nothing."""
 
     def check_plan(self, plan: Plan, token: bytes) -> None:
         """Raises ``ConfigurationError`` for what is not trained here."""
@@ -64,6 +67,13 @@ class Offer:
             raise ConfigurationError(f"this server trains {allowed} on its side, not {plan.cloud}")
         if not token:
             raise ConfigurationError("a run of training needs a token")
+
+    def check_room(self, folder: Path) -> None:
+        """Raises ``ConfigurationError`` where the run in ``folder`` would be one too many."""
+        if self.state is None or folder.is_dir() or not self.state.is_dir():
+            return
+        if sum(1 for _ in self.state.iterdir()) >= self.runs:
+            raise ConfigurationError(f"this server keeps {self.runs} runs, and begins no other until one is removed")
 
 
 class Runs:
@@ -128,10 +138,11 @@ class SplitService(Conversations):
             try:
                 plan = self._agreed(hello)
                 visit.admitted(client.identity, self._offer.name)
-                if hello.token:
-                    stack.enter_context(self._place())
+                # The run first: what a device left behind gives its place back before another one is asked for.
                 if plan is not None:
                     stack.enter_context(self._runs.only(hello.token, hang_up))
+                if hello.token:
+                    stack.enter_context(self._place())
                 cloud = self._cloud(plan, hello.token)
                 step = 0 if plan is None else cloud.resume(hello.steps)
             except (ConfigurationError, BaseModelError, RefusedError) as error:
@@ -159,7 +170,9 @@ class SplitService(Conversations):
                 data = codec.encode_server(reply)
                 if isinstance(reply, codec.Result):
                     visit.answered(begun, request.texts * request.positions, len(raw), len(data))
-                yield data
+                # Who does not take the answer in is as silent as who asks nothing.
+                with deadline(self._silence, late):
+                    yield data
                 visit.rest()
 
     def _agreed(self, hello: codec.Hello) -> Plan | None:
@@ -177,7 +190,9 @@ class SplitService(Conversations):
             )
         plan = received_plan(hello)
         if hello.token and offer.state is None:
-            raise ConfigurationError("this server keeps no checkpoints (--state), and has none of any run")
+            raise ConfigurationError(
+                "this server keeps no checkpoints, and has none of any run: whoever runs it must start it with --state"
+            )
         if plan is not None:
             offer.check_plan(plan, hello.token)
         return plan
@@ -186,6 +201,8 @@ class SplitService(Conversations):
         """Without a plan: the base's own blocks, or those that a run has trained. Raises as ``LocalCloud`` does."""
         offer = self._offer
         folder = None if offer.state is None or not token else offer.state / folder_name(token)
+        if plan is not None and folder is not None:
+            offer.check_room(folder)
         if plan is None and folder is not None:
             return trained_cloud(offer.base, folder, cut=offer.cut, shape=offer.shape, limits=offer.limits)
         return LocalCloud(offer.base, cut=offer.cut, shape=offer.shape, plan=plan, folder=folder, limits=offer.limits)
@@ -279,7 +296,7 @@ class _Session:
 
     def _crossing(self, request: Request) -> Crossing:
         """Raises ``ProtocolError`` for one that does not fit, or whose answer would not fit in a message."""
-        crossing = crossing_of(request, self._width, self._states)
+        # First, for few bytes may stand for many numbers.
         if not fits(request.texts * request.positions, self._width):
             raise ProtocolError(f"the answer for {request.texts} texts is larger than a message; use smaller batches")
-        return crossing
+        return crossing_of(request, self._width, self._states)
