@@ -12,18 +12,27 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from abuse.support import RawClient, clear_error, eventually, tiny_llama
 from abuse.test_split_sessions import CUT, PLANS, STRAIGHT, TOKEN, U, assert_serves, hello, sent, serving
-from splitveil.errors import ConnectionFailedError, RefusedError
+from splitveil.errors import ConnectionFailedError, KeyRejectedError, RefusedError
 from splitveil.split import Crossing
 from splitveil.splitlearning import service
 from splitveil.splitlearning.agreement import folder_name, new_token, sent_plan
 from splitveil.splitlearning.carrying import request_of
 from splitveil.splitlearning.checks import Limits
 from splitveil.splitlearning.connection import RemoteCloud
+from splitveil.splitlearning.course import Course
+from splitveil.splitlearning.device import Device
 from splitveil.splitlearning.interface import Shape
 from splitveil.splitlearning.server import SplitServer
+from splitveil.splitlearning.training import train
 from splitveil.wire import split_codec as codec
 from splitveil.wire.split_codec import Kind
 from splitveil.wire.tensors import Packed
+
+
+@pytest.fixture(params=list(Shape), ids=str)
+def shape(request: pytest.FixtureRequest) -> Shape:
+    found: Shape = request.param
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +157,79 @@ def test_many_saves_leave_two_checkpoints(base: PreTrainedModel, tmp_path: Path)
 
 
 # -- what is none of a device's ----------------------------------------------------------------------------------------
+
+
+def test_nothing_but_numbers_depends_on_the_text(
+    shape: Shape, base: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two runs on two texts: in the U shape only what is in the tensors differs; straight, labels do, as is said."""
+    encode, found = codec.encode_client, []
+    for seed in (1, 2):
+        sent_messages: list[Any] = []
+
+        def spy(message: Any, kept: list[Any] = sent_messages) -> bytes:
+            kept.append(message)
+            return encode(message)
+
+        monkeypatch.setattr(codec, "encode_client", spy)
+        windows = torch.randint(1, 64, (4, 6), generator=torch.Generator().manual_seed(seed))
+        device = Device(base, cut=CUT, shape=shape, plan=PLANS[shape])
+        place = tmp_path / str(seed)
+        with serving(base, place / "cloud", shape) as server, closing(training(base, server, shape=shape)) as cloud:
+            train(device, cloud, windows, windows[:2], Course(2, batch=2), place / "mine")
+        found.append([m for m in sent_messages if isinstance(m, codec.Request)])
+    assert len(found[0]) == len(found[1]) > 4
+    pairs = list(zip(*found, strict=True))
+    assert any(one.tensor != other.tensor for one, other in pairs)
+    same = all(replace(one, tensor=None) == replace(other, tensor=None) for one, other in pairs)
+    assert same is (shape is U)
+    assert any(one.labels for one, _ in pairs) is (shape is STRAIGHT)
+
+
+def test_a_database_that_fails_is_told_as_that(
+    base: PreTrainedModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "splitveil")
+
+    class Guest:
+        identity = "acme"
+
+        def check(self) -> None:
+            raise RefusedError("the keys cannot be looked up; try again later")
+
+    class Door:
+        def admit(self, key: str, adapter: str) -> Guest:
+            return Guest()
+
+    with serving(base, tmp_path, keys=Door()) as server:
+        request = request_of(1, Kind.EVALUATE, sent())
+        assert "cannot be looked up" in asked(server, hello(base, key="x"), request).message
+    assert "database" in [r.fields["kind"] for r in caplog.records if getattr(r, "event", "") == "query_refused"]
+
+
+def test_a_key_that_is_revoked_ends_an_open_session(base: PreTrainedModel, tmp_path: Path) -> None:
+    valid = [True]
+
+    class Guest:
+        identity = "acme"
+
+        def check(self) -> None:
+            if not valid[0]:
+                raise KeyRejectedError("this API key has been revoked")
+
+    class Door:
+        def admit(self, key: str, adapter: str) -> Guest:
+            return Guest()
+
+    with serving(base, tmp_path, keys=Door()) as server:
+        request = request_of(1, Kind.EVALUATE, sent())
+        with RawClient(server.address, hello(base, key="x"), request, wire=codec) as client:
+            assert isinstance([client.receive(), client.receive()][-1], codec.Result)
+            valid[0] = False
+            client.send(replace(request, seq=2))
+            code, details = client.ending()
+    assert code is grpc.StatusCode.UNAUTHENTICATED
+    assert "revoked" in details
 
 
 def test_a_full_disk_is_told_without_the_servers_paths(

@@ -225,7 +225,12 @@ def test_ctrl_c_says_how_to_go_on(model: Path, data: Path, tmp_path: Path) -> No
     out = tmp_path / "mine"
     with serving(model, tmp_path / "cloud", tmp_path / "log") as (address, _):
         device = subprocess.Popen(
-            command(*training(model, data, address, out, 100_000)), stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+            command(*training(model, data, address, out, 100_000)),
+            stderr=subprocess.PIPE,
+            text=True,
+            env=ENVIRONMENT,
+            # Tests that a shell runs in the background inherit that this signal is ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         end = time.monotonic() + PATIENCE
         while not list((out / "checkpoints").glob("step-*")):

@@ -222,6 +222,16 @@ def test_limits_of_a_call_and_of_a_cache(base: PreTrainedModel, crossing: Crossi
     cloud.extend(crossing)
 
 
+def test_a_limit_of_pairs(base: PreTrainedModel, crossing: Crossing) -> None:
+    """Attention is between positions: its memory grows with their product."""
+    pairs = BATCH * LENGTH * LENGTH
+    LocalCloud(base, cut=1, shape=Shape.U, limits=Limits(pairs=pairs)).extend(crossing)
+    cloud = LocalCloud(base, cut=1, shape=Shape.U, limits=Limits(pairs=pairs - 1))
+    for call in (cloud.extend, lambda c: cloud.evaluate(c, None)):
+        with pytest.raises(RefusedError, match="8 positions that attend to 8 are more than this cloud takes at once"):
+            call(crossing)
+
+
 def test_a_limit_of_logits(base: PreTrainedModel, tokens: Tensor, crossing: Crossing) -> None:
     labels, logits = next_tokens(tokens), BATCH * LENGTH * 160
     for limit in (logits - 1, logits):
@@ -243,6 +253,38 @@ def test_a_loss_that_is_too_large_to_be_told(base: PreTrainedModel, tokens: Tens
     with pytest.raises(RefusedError, match="the loss became"):
         cloud.forward(crossing, next_tokens(tokens), 1e-37)
     assert cloud._own.batches == 0
+
+
+def test_a_gradient_that_overflows_on_its_way_down(base: PreTrainedModel, crossing: Crossing) -> None:
+    """As the loss: nothing is trained in the cloud that would notice."""
+    cloud = cloud_of(base, dataclasses.replace(U, cloud=Trains.NOTHING))
+    hidden, _ = cloud.forward(crossing, None, 14.0)
+    with pytest.raises(RefusedError, match="gradient by the states became NaN or infinite"):
+        cloud.backward(torch.full_like(hidden, 3.4e38))
+    assert cloud._own.batches == 0
+
+
+def test_a_decay_that_makes_weights_larger(base: PreTrainedModel, crossing: Crossing) -> None:
+    """States and gradients of zero betray nothing of it: without the refusal weights are infinite after 40 steps."""
+    plan = dataclasses.replace(U, device=Trains.FULL, cloud=Trains.FULL, optimiser=Optimiser(weight_decay=9.0))
+    cloud, zeros = cloud_of(base, plan), crossing.with_hidden(torch.zeros_like(crossing.hidden))
+    before = {name: p.detach().clone() for name, p in cloud._own.parameters.items()}
+
+    def learn() -> None:
+        hidden, _ = cloud.forward(zeros, None, 14.0)
+        cloud.backward(torch.zeros_like(hidden))
+
+    refused = 0
+    for _ in range(45):
+        learn()
+        try:
+            cloud.step(1.0)
+        except RefusedError as error:
+            refused += "product is at most 1" in str(error)
+    assert refused == 45
+    assert all(torch.equal(before[name], p) for name, p in cloud._own.parameters.items())
+    cloud.step(1 / 9)
+    assert all(p.abs().max() < 1e-6 for p in cloud._own.parameters.values())
 
 
 def test_upper_blocks_that_explode(base: PreTrainedModel, crossing: Crossing) -> None:

@@ -335,47 +335,6 @@ def test_folders_are_whole_or_not_there(tmp_path: Path) -> None:
     assert sorted(p.name for p in target.parent.iterdir()) == [".kept.txt", "folder"]
 
 
-def test_a_folder_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    target, rename = tmp_path / "folder", Path.rename
-    with whole_folder(target) as made:
-        (made / "a").write_text("1")
-
-    def refuses(path: Path, to: Path) -> Path:
-        if to == target and not path.name.endswith(".old"):
-            raise OSError(28, "No space left on device")
-        return rename(path, to)
-
-    monkeypatch.setattr(Path, "rename", refuses)
-    with pytest.raises(OSError, match="No space left"), whole_folder(target) as made:
-        (made / "a").write_text("2")
-    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
-    assert (target / "a").read_text() == "1"
-
-
-def test_only_their_owner_reads_checkpoints(tmp_path: Path) -> None:
-    with whole_folder(tmp_path / "folder") as made:
-        (made / "a").write_text("1")
-    assert (tmp_path / "folder").stat().st_mode & 0o077 == 0
-
-
-def test_folders_of_other_names_are_no_checkpoints(base: PreTrainedModel, windows: Tensor, tmp_path: Path) -> None:
-    device, cloud = sides(base, PLAN, tmp_path / "cloud")
-    for name in ("step-0000001", "step-1", "step-000001x", "Step-000001"):
-        (tmp_path / "cloud" / name).mkdir(parents=True)
-    train(device, cloud, windows, None, COURSE, tmp_path / "device")
-    assert Checkpoints(tmp_path / "cloud").steps() == (6, 7)
-    assert (tmp_path / "cloud" / "step-0000001").is_dir()
-
-
-def test_facts_a_hundred_thousand_deep(base: PreTrainedModel, windows: Tensor, tmp_path: Path) -> None:
-    device, cloud = sides(base, PLAN, tmp_path / "cloud")
-    train(device, cloud, windows, None, COURSE, tmp_path / "device")
-    (tmp_path / "cloud" / "step-000007" / FACTS).write_text(100_000 * "[")
-    checkpoints = Checkpoints(tmp_path / "cloud")
-    assert checkpoints.steps() == (6,)
-    assert "RecursionError" in checkpoints.damaged[7]
-
-
 def test_everything_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     happened: list[str] = []
     rename = Path.rename

@@ -23,6 +23,8 @@ class Limits:
     """Texts × positions, those before in the cache included: what memory is proportional to."""
     logits: int = 1 << 28
     """Texts × positions × vocabulary where a loss is computed: 1 GiB of float32, of which there are a few copies."""
+    pairs: int = 1 << 28
+    """Texts × positions × positions that these attend to: as much again for the mask of a long text."""
 
 
 DEFAULT_LIMITS = Limits()
@@ -48,6 +50,11 @@ class Expected:
             raise RefusedError(
                 f"{batch} texts of {seen} positions are more than this cloud takes at once: {self.limits.batch} texts, "
                 f"{self.limits.states} positions together; use smaller batches"
+            )
+        if batch * count * seen > self.limits.pairs:
+            raise RefusedError(
+                f"{batch} texts of {count} positions that attend to {seen} are more than this cloud takes at once: "
+                f"{self.limits.pairs} pairs; use smaller batches or shorter texts"
             )
         if seen != earlier + count:
             raise RefusedError(

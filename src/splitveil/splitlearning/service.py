@@ -236,10 +236,14 @@ class SplitService(Conversations):
         """The result, or a refusal that leaves the session open. Raises ``Rejected``."""
         try:
             client.check()
-            tensor, loss = session.done(request)
         except KeyRejectedError as error:
             visit.turned_down("key")
             raise dismissed(error) from None
+        except RefusedError as error:
+            visit.turned_down("database")
+            return codec.Refusal(request.seq, str(error))
+        try:
+            tensor, loss = session.done(request)
         except SplitveilError as error:
             visit.turned_down("malformed")
             return codec.Refusal(request.seq, str(error))

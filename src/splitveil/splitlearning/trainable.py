@@ -27,6 +27,7 @@ class Trainable:
         if optimiser.epsilon < SMALLEST_EPSILON:
             raise ConfigurationError(f"epsilon is at least {SMALLEST_EPSILON}, got {optimiser.epsilon}")
         self.parameters = parameters
+        self._decay = optimiser.weight_decay
         self.steps = 0
         """Steps made since the run began."""
         self.batches = 0
@@ -72,9 +73,18 @@ class Trainable:
         self._sums, self.batches = [None] * len(self.parameters), 0
 
     def step(self, rate: float) -> None:
-        """One step of AdamW. Raises ``RefusedError`` without anything accumulated, or for a rate outside [0, 1]."""
+        """One step of AdamW.
+
+        Raises ``RefusedError`` without anything accumulated, for a rate outside [0, 1], and for one with which the
+        weight decay would let weights grow without end.
+        """
         if not (math.isfinite(rate) and 0 <= rate <= 1):
             raise RefusedError(f"a learning rate is a number from 0 to 1, got {rate}")
+        if not rate * self._decay <= 1:
+            raise RefusedError(
+                f"a learning rate of {rate} with a weight decay of {self._decay} makes weights larger; their product "
+                "is at most 1"
+            )
         if self.batches == 0:
             raise RefusedError("a step needs at least one micro-batch since the last one")
         if self._adam is not None:
