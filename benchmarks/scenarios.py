@@ -1,6 +1,7 @@
 """Attacks on split fine-tuning, one factor at a time from a base case: scenario × attack, on three data sets.
 
     python benchmarks/scenarios.py          120 s to learn for each attacker, a dozen attackers: an hour on one core
+    python benchmarks/scenarios.py --full --ray ADDRESS         every factor with every other, on a Ray cluster
 
 It resumes: rows, attackers and personalised models are kept in --out. The models and texts are those of a folder named
 `shared` beside the repository, or of --shared DIR, as in inversion.py.
@@ -14,8 +15,10 @@ scenario changes one thing. Attackers that know the base alone are the same for 
 import argparse
 import csv
 import datetime
+import itertools
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,6 +76,19 @@ SCENARIOS = (
 )
 
 
+def product() -> Iterator[Scenario]:
+    """Every factor with every other, but for attackers who know a personal half that is not there."""
+    personals, defences = ("none", "half", "lora", "full"), ("none", "int8", "int4", "topk:0.25")
+    factors = itertools.product((1, 3, 6), personals, (False, True), ("base", "personal"), defences, (False, True))
+    for cut, personal, same, knows, defence, training in factors:
+        if personal == "none" and knows == "personal":
+            continue
+        words = [f"cut {cut}", personal, "same domain" if same else "other domains", f"knows the {knows}", defence]
+        attacks = ("gradient",) if training else LEARNED
+        name = ", ".join([*words, "training"] if training else words)
+        yield Scenario(name, cut, personal, same, knows, defence, training, attacks)
+
+
 @dataclass(frozen=True)
 class User:
     """One data set: what the device is personalised on, what the prompts are, what an attacker of the domain has."""
@@ -92,6 +108,8 @@ def main() -> None:
     parser.add_argument("--scenarios", default="", help="only those whose names contain one of these, with commas")
     parser.add_argument("--shared", type=Path, default=Path(__file__).resolve().parents[2] / "shared")
     parser.add_argument("--out", type=Path, default=Path("scenarios"))
+    parser.add_argument("--full", action="store_true", help="every factor with every other")
+    parser.add_argument("--ray", metavar="ADDRESS", help="measure on a Ray cluster, as `splitveil audit --ray`")
     options = parser.parse_args()
     if inversion.absent(options.shared):
         return
@@ -104,7 +122,9 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(options.shared / "models/stories3M", dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(options.shared / "models/stories3M")
     users = {name: USERS[name](options.shared / "data") for name in options.data.split(",")}
-    wanted = [scenario for scenario in SCENARIOS if any(part in scenario.name for part in options.scenarios.split(","))]
+    parts = options.scenarios.split(",")
+    every = product() if options.full else SCENARIOS
+    wanted = [scenario for scenario in every if any(part in scenario.name for part in parts)]
     shifted = inversion.shadow(options.shared)
     found: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in users}
     # Scenarios first: an attacker that serves all users learns once, while the first of them is attacked.
@@ -139,6 +159,7 @@ def measure(
         personal=personal,
         attacker_knows=scenario.knows,
         training=scenario.training,
+        ray=options.ray,
         names=Names("stories3M", name, "python benchmarks/" + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])),
         watch=inversion.watch,
     )
