@@ -1,15 +1,19 @@
 """Attacks on split fine-tuning, one factor at a time from a base case: scenario × attack, on three data sets.
 
-    python benchmarks/scenarios.py          120 s to learn for each attacker, a dozen attackers: an hour on one core
+    python benchmarks/scenarios.py          100 steps of learning for each attacker, a dozen attackers: 80 minutes
     python benchmarks/scenarios.py --full --ray ADDRESS         every factor with every other, on a Ray cluster
 
 It resumes: rows, attackers and personalised models are kept in --out. The models and texts are those of a folder named
 `shared` beside the repository, or of --shared DIR, as in inversion.py.
 
 The base case: stories3M cut after block 3; the user's device half carries a personal LoRA trained in the U shape on
-texts of the user's domain, below upper blocks that stay as they are; prompts are other texts of that domain; the
-attacker knows the public model alone, and learns from text of other domains (maths questions, Wikipedia). Each other
-scenario changes one thing. Attackers that know the base alone are the same for all users, and learn once.
+texts of the user's domain, below upper blocks that stay as they are; prompts are texts of that domain that share no run
+of words with those; the attacker knows the public model alone, and learns from text of other domains (maths questions,
+Wikipedia). Each other scenario changes one thing, where that can be: a deeper cut has more blocks with a personal part
+below it, so the cuts are there without one, too. Learning is counted in steps, so that a busy machine changes no
+figure, and all attackers have equally many windows of text: as many as the smallest domain has. Attackers that know
+the base alone are the same for all users, and learn once. `search` has the weights of the device half that it knows;
+the others ask it for recordings alone.
 """
 
 import argparse
@@ -19,7 +23,7 @@ import itertools
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +35,8 @@ import splitveil
 from splitveil.auditing.data import Text
 from splitveil.auditing.disjoint import Victims
 from splitveil.auditing.meta import Names
+from splitveil.split import cut
+from splitveil.split import personal as split_personal
 from splitveil.splitlearning.cloud import LocalCloud
 from splitveil.splitlearning.course import Course, Decay
 from splitveil.splitlearning.data import hold_out, make_windows
@@ -38,10 +44,13 @@ from splitveil.splitlearning.device import Device
 from splitveil.splitlearning.interface import Plan, Shape, Trains
 from splitveil.splitlearning.training import PERSONAL, DeviceRun, Progress, train
 
-LENGTH, BATCH, STEPS = 48, 16, 200
-RATES = {Trains.LORA: 3e-3, Trains.FULL: 5e-4}
+LENGTH, BATCH, STEPS = 48, 16, 150
+RATES = {Trains.LORA: 1e-3, Trains.FULL: 5e-4}
+HARDER = 3.0
+NO_CLOCK = 1e6
+"""Seconds: learning is counted in steps."""
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-LEARNED = ("ridge", "mlp", "revert")
+ATTACKS = ("ridge", "revert", "search")
 
 
 @dataclass(frozen=True)
@@ -51,42 +60,48 @@ class Scenario:
     name: str
     cut: int = 3
     personal: str = "lora"
-    """none, lora, full, or half: the LoRA at half of its training."""
+    """none, lora, full, half: the LoRA at half of its training; or harder: a LoRA trained at three times the rate."""
     same_domain: bool = False
     """Whether the attacker's text is of the user's domain."""
     knows: str = "base"
     defence: str = "none"
     training: bool = False
-    attacks: tuple[str, ...] = field(default=LEARNED)
+    attacks: tuple[str, ...] = field(default=ATTACKS)
 
 
 SCENARIOS = (
-    Scenario("base case", attacks=(*LEARNED, "search")),
-    Scenario("not personalised", personal="none", attacks=(*LEARNED, "search")),
-    Scenario("half-way through personalisation", personal="half", attacks=(*LEARNED, "search")),
-    Scenario("all device weights personalised", personal="full", attacks=(*LEARNED, "search")),
-    Scenario("during personalisation: gradients cross too", training=True, attacks=("gradient",)),
-    Scenario("the attacker has the personal half", knows="personal", attacks=(*LEARNED, "search")),
+    Scenario("base case", attacks=(*ATTACKS, "mlp")),
+    Scenario("not personalised", personal="none", attacks=(*ATTACKS, "mlp")),
+    Scenario("half-way through personalisation", personal="half", attacks=(*ATTACKS, "mlp")),
+    Scenario("personalised at three times the rate", personal="harder"),
+    Scenario("all device weights personalised", personal="full"),
+    Scenario("gradients cross too, half-way", personal="half", training=True, attacks=("gradient",)),
+    Scenario("gradients cross too, at the end", training=True, attacks=("gradient",)),
+    Scenario("the attacker has the personal half", knows="personal"),
     Scenario("the attacker's text is of the user's domain", same_domain=True),
     Scenario("cut after block 1", cut=1),
+    Scenario("cut after block 1, not personalised", cut=1, personal="none"),
     Scenario("cut after block 6, the last", cut=6),
+    Scenario("cut after block 6, not personalised", cut=6, personal="none"),
     Scenario("quantised to int8", defence="int8"),
     Scenario("quantised to int4", defence="int4"),
     Scenario("sparsified: a quarter of the entries", defence="topk:0.25"),
 )
+"""`gradient` begins with what `mlp` reads of the states, so `mlp` on the same device half is what it is to be compared
+with."""
 
 
 def product() -> Iterator[Scenario]:
     """Every factor with every other, but for attackers who know a personal half that is not there."""
     personals, defences = ("none", "half", "lora", "full"), ("none", "int8", "int4", "topk:0.25")
     factors = itertools.product((1, 3, 6), personals, (False, True), ("base", "personal"), defences, (False, True))
-    for cut, personal, same, knows, defence, training in factors:
+    for block, personal, same, knows, defence, training in factors:
         if personal == "none" and knows == "personal":
             continue
-        words = [f"cut {cut}", personal, "same domain" if same else "other domains", f"knows the {knows}", defence]
-        attacks = ("gradient",) if training else LEARNED
+        words = [f"cut {block}", personal, "same domain" if same else "other domains", f"knows the {knows}", defence]
+        attacks = ("mlp", "gradient") if training else ATTACKS
         name = ", ".join([*words, "training"] if training else words)
-        yield Scenario(name, cut, personal, same, knows, defence, training, attacks)
+        yield Scenario(name, block, personal, same, knows, defence, training, attacks)
 
 
 @dataclass(frozen=True)
@@ -100,9 +115,9 @@ class User:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--budget", type=float, default=120.0, help="seconds that an attacker may learn")
+    parser.add_argument("--attacker-steps", type=int, default=100, help="of learning, for each attacker")
     parser.add_argument("--prompts", type=int, default=100)
-    parser.add_argument("--windows", type=int, default=6000, help="of shadow text that the attackers learn from")
+    parser.add_argument("--windows", type=int, default=2200, help="of shadow text that the attackers learn from")
     parser.add_argument("--steps", type=int, default=STEPS, help="of personalisation")
     parser.add_argument("--data", default=",".join(USERS), help="only these, with commas")
     parser.add_argument("--scenarios", default="", help="only those whose names contain one of these, with commas")
@@ -114,14 +129,14 @@ def main() -> None:
     if inversion.absent(options.shared):
         return
     print(
-        f"{datetime.date.today()}, stories3M, {options.budget:.0f} s to learn, {options.steps} steps of "
+        f"{datetime.date.today()}, stories3M, {options.attacker_steps} steps of learning, {options.steps} steps of "
         f"personalisation, splitveil {splitveil.__version__}, torch {torch.__version__}, "
         f"{torch.get_num_threads()} threads\n",
         flush=True,
     )
     model = AutoModelForCausalLM.from_pretrained(options.shared / "models/stories3M", dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(options.shared / "models/stories3M")
-    users = {name: USERS[name](options.shared / "data") for name in options.data.split(",")}
+    users = {name: apart(USERS[name](options.shared / "data")) for name in options.data.split(",")}
     parts = options.scenarios.split(",")
     every = product() if options.full else SCENARIOS
     wanted = [scenario for scenario in every if any(part in scenario.name for part in parts)]
@@ -155,7 +170,8 @@ def measure(
         prompts=options.prompts,
         tokens=LENGTH,
         windows=options.windows,
-        budget=options.budget,
+        budget=NO_CLOCK,
+        steps=options.attacker_steps,
         personal=personal,
         attacker_knows=scenario.knows,
         training=scenario.training,
@@ -191,10 +207,16 @@ def personalised(
     device = Device(model, cut=scenario.cut, shape=Shape.U, plan=plan)
     cloud = LocalCloud(model, cut=scenario.cut, shape=Shape.U, plan=plan, folder=place / "cloud")
     start = cloud.resume(DeviceRun(place).steps())
-    course = Course(steps, RATES[trains], BATCH, warmup=20, decay=Decay.CONSTANT, save_every=50)
+    rate = RATES[trains] * (HARDER if scenario.personal == "harder" else 1)
+    course = Course(steps, rate, BATCH, warmup=20, decay=Decay.CONSTANT, save_every=50)
     outcome = train(device, cloud, windows, held_out[:100], course, place, start=start, watch=watch)
     cloud.close()
     print(f"\r{' ' * 100}\r", end="", file=sys.stderr)
+    print(
+        f"- {name}, cut {scenario.cut}, {scenario.personal}: states of held-out text moved by "
+        f"{moved(model, place / PERSONAL, scenario.cut, held_out[:100]):.0%} of their length, median",
+        flush=True,
+    )
     if outcome.step > outcome.resumed:
         print(
             f"- {name}, cut {scenario.cut}, {scenario.personal}: {outcome.step} steps, {outcome.seconds:.0f} s, "
@@ -204,25 +226,37 @@ def personalised(
     return place / PERSONAL
 
 
+@torch.no_grad()
+def moved(model: Any, personal: Path, block: int, windows: torch.Tensor) -> float:
+    """How far personalisation takes a state, relative to its length: median over positions."""
+    before = cut(model, block).device(windows).hidden
+    after = cut(split_personal.personalised(model, personal), block).device(windows).hidden
+    return float(((after - before).norm(dim=-1) / before.norm(dim=-1)).median())
+
+
 def table(data: str, found: dict[str, dict[str, Any]]) -> None:
-    """Scenario × attack."""
-    attacks = [name for name in (*LEARNED, "gradient", "search") if any(name in rows for rows in found.values())]
-    first = next(iter(found.values()))
-    chance = max(first[name].value for name in ("floor", "floor:commonest"))
-    print(f"\n### {data}, {first['oracle'].prompts} prompts of {LENGTH} tokens, chance {chance:.3f}\n")
-    print(f"| scenario | {' | '.join(attacks)} | best |")
+    """Scenario × attack, with the level of chance: always the commonest token of the attacker's text, or a guess."""
+    asked = {attack for rows in found.values() for attack in rows}
+    attacks = [name for name in ("ridge", "mlp", "revert", "gradient", "search") if name in asked]
+    prompts = next(iter(found.values()))["oracle"].prompts
+    print(f"\n### {data}, {prompts} prompts of {LENGTH} tokens\n")
+    print(f"| scenario | chance | {' | '.join(attacks)} |")
     print("|---" * (len(attacks) + 2) + "|")
     for name, rows in found.items():
+        chance = max(rows[control].value for control in ("floor", "floor:commonest"))
         cells = [inversion.cell(rows[attack]) if attack in rows else "" for attack in attacks]
-        tried = [row for attack, row in rows.items() if attack in attacks and row.error is None]
-        best = max(tried, key=lambda row: row.value).attack if tried else "none was measured"
-        print(f"| {name} | {' | '.join(cells)} | {best} |")
+        print(f"| {name} | {chance:.3f} | {' | '.join(cells)} |")
 
 
 def disjoint(shadow: list[Text], prompts: list[Text]) -> list[Text]:
     """Without the texts that share a run of words with a prompt, which an audit would refuse."""
     known = Victims([text.text for text in prompts])
     return [text for text in shadow if known.shares(text.text) is None]
+
+
+def apart(user: User) -> User:
+    """The same without own texts that share a run of words with a prompt: a device is attacked on what is new to it."""
+    return replace(user, own=disjoint(user.own, user.prompts))
 
 
 def halves(texts: list[str]) -> tuple[list[Text], list[Text]]:

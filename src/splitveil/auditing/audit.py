@@ -43,6 +43,7 @@ def audit(
     windows: int = Sizes.windows,
     budget: float = Sizes.budget,
     seed: int = Sizes.seed,
+    steps: int | None = Sizes.steps,
     information: bool = False,
     personal: str | Path | None = None,
     attacker_knows: str = Knows.BASE,
@@ -57,10 +58,11 @@ def audit(
     """Attacks what crosses when ``model`` is split after each of ``cuts`` blocks, and scores what comes back.
 
     Attacked are the first ``tokens`` tokens of ``prompts`` of the ``texts``. The attackers learn for at most ``budget``
-    seconds each, from ``windows`` windows of ``shadow`` text, which must not overlap with ``texts``; without any, from
-    text sampled from the model itself and uniformly random tokens. ``defences`` are names such as ``gaussian:0.1``;
-    attackers know them and adapt. The controls, ``floor`` and ``oracle``, always run. ``information`` adds estimates of
-    how many bits about its token each position carries, block by block, without a defence.
+    seconds each, or ``steps`` gradient steps, which do not depend on how busy a machine is, from ``windows`` windows of
+    ``shadow`` text, which must not overlap with ``texts``; without any, from text sampled from the model itself and
+    uniformly random tokens. ``defences`` are names such as ``gaussian:0.1``; attackers know them and adapt. The
+    controls, ``floor`` and ``oracle``, always run. ``information`` adds estimates of how many bits about its token each
+    position carries, block by block, without a defence.
 
     ``personal`` is the folder of a personal part: the victims' device half is ``model`` with it in place. Attackers
     know ``model`` alone, or with ``attacker_knows="personal"`` the personalised device as well. With ``training``, the
@@ -76,7 +78,7 @@ def audit(
     both before anything is measured, and what ``joined`` raises for a cluster that cannot be used. An attack that fails
     later has a row with its error.
     """
-    sizes = Sizes(prompts, tokens, windows, budget, seed)
+    sizes = Sizes(prompts, tokens, windows, budget, seed, steps)
     names = names or Names()
     found, own = as_texts(texts), None if shadow is None else as_texts(shadow)
     if not cuts or not defences:

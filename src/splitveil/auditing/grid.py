@@ -215,7 +215,8 @@ class Grid:
             attack.restore(state, known)
             return float(facts["seconds"])
         begun = time.perf_counter()
-        attack.fit(known, Effort(seconds=self.setting.budget, seed=self.setting.seed), tell("learning"))
+        effort = Effort(seconds=self.setting.budget, steps=self.setting.steps, seed=self.setting.seed)
+        attack.fit(known, effort, tell("learning"))
         seconds = time.perf_counter() - begun
         keep(path, attack.state(), {"seconds": repr(seconds), "attack": unit.label})
         return seconds

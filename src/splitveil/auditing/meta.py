@@ -70,7 +70,7 @@ def describe(
         "tokens": sizes.tokens,
         "budget_seconds": sizes.budget,
         "seed": sizes.seed,
-    }
+    } | ({} if sizes.steps is None else {"budget_steps": sizes.steps})
 
 
 def versions() -> dict[str, str]:

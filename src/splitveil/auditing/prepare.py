@@ -31,6 +31,8 @@ class Sizes:
     budget: float = 540.0
     """Seconds of learning, for each attack at each cut and defence."""
     seed: int = 0
+    steps: int | None = None
+    """Gradient steps after which learning ends even if there is time left."""
 
     def __post_init__(self) -> None:
         if self.prompts < 1 or self.windows < 1:
@@ -39,6 +41,8 @@ class Sizes:
             )
         if not (self.budget > 0 and math.isfinite(self.budget)):
             raise ConfigurationError(f"the budget is a positive number of seconds, got {self.budget}")
+        if self.steps is not None and self.steps < 1:
+            raise ConfigurationError(f"an attacker learns in one step at least, got {self.steps}")
         if not 0 <= self.seed < 2**63:
             raise ConfigurationError(f"the seed is a whole number from 0 to 2^63 - 1, got {self.seed}")
 
@@ -55,6 +59,7 @@ def setting_of(devices: Devices, victims: Victims, name: str, data: str, sizes: 
         shadow_digest="",
         seed=sizes.seed,
         budget=sizes.budget,
+        steps=sizes.steps,
         personal=devices.digest,
         knows=devices.knows.value,
         training=devices.training,

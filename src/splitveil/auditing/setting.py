@@ -26,6 +26,8 @@ class Setting:
     seed: int
     budget: float
     """Seconds that an attack may learn."""
+    steps: int | None = None
+    """Gradient steps that it may take; None for as many as the time allows."""
     personal: str = ""
     """Digest of the victims' personal part; empty where they run the public model."""
     knows: str = ""
@@ -56,6 +58,7 @@ class Setting:
             }
             | ({"personal": self.personal} if self.personal and self.knows == Knows.PERSONAL else {})
             | ({"training": True} if self.training else {})
+            | ({} if self.steps is None else {"steps": self.steps})
         )
 
     def row_key(self, fit_key: str, metric: str) -> str:

@@ -87,6 +87,12 @@ _OPTIONS: list[Callable[..., Any]] = [
         "--budget", default=540.0, show_default=True, metavar="SECONDS", help="To learn, for each attack at each cut."
     ),
     click.option(
+        "--steps",
+        type=int,
+        metavar="N",
+        help="Also end learning after so many gradient steps: comparable on busy machines.",
+    ),
+    click.option(
         "--ray", metavar="ADDRESS", help="Measure on a Ray cluster: local, auto, HOST:PORT or ray://HOST:PORT."
     ),
     click.option("--ray-cpus", default=1, show_default=True, metavar="N", help="Processors for each of its tasks."),

@@ -11,6 +11,7 @@ SETTINGS = {
     "prompts": "prompts attacked",
     "tokens": "tokens of a prompt, at most",
     "budget_seconds": "seconds to learn, for each attack at each cut",
+    "budget_steps": "gradient steps to learn, at most",
     "seed": "seed",
 }
 
