@@ -82,7 +82,7 @@ def test_through_the_command_line(tiny: tuple[Path, Path, list[int]], tmp_path: 
             if line.startswith("listening on "):
                 break
         assert "2 private layers" in lines[0]  # q and v are one
-        assert "parameters ckks-8192-199" in lines[0]
+        assert "parameters ckks-8192-176" in lines[0]
         ask = [
             *command,
             "generate",

@@ -71,7 +71,7 @@ def test_the_shipped_setting_meets_its_promise() -> None:
         x = np.random.default_rng(seed).normal(size=(3, 4096)).astype(np.float32)
         (got,) = ends([spec]).ask([0], x)
         assert relative(got, product(spec, x)) < 1e-4
-    assert flood_bits(8) > 30.9
+    assert flood_bits(8) > 30.8
 
 
 def test_several_layers_several_rows_and_a_full_matrix() -> None:
@@ -195,7 +195,7 @@ def test_the_noise_is_gaussian_in_every_component_and_fresh() -> None:
 
 def test_the_noise_fills_doubles_without_exceeding_them() -> None:
     units = FLOOD * library().noise_scale * math.sqrt(2 / ckks_parameters.DEGREE)
-    assert 2.0**49 < units < 2.0**50.1
+    assert 2.0**42 < units < 2.0**43.1
     assert 8.6 * units < 2.0**53.2
 
 
@@ -212,8 +212,9 @@ def test_answers_to_equal_queries_have_unrelated_and_uniform_second_polynomials(
 
 
 def test_hardness() -> None:
-    assert hardness().bits_he_standard > 140
-    assert 105 < hardness().bits_core_svp < 128  # below what the lattice engine's sets must have: said in the document
+    """Not below what the lattice engine's sets must have."""
+    assert hardness().bits_core_svp >= 128
+    assert hardness().bits_he_standard >= 160
 
 
 # -- what is published, and what is refused ----------------------------------------------------------------------------
@@ -238,7 +239,7 @@ def test_publications_of_other_parameters_or_with_a_basis_are_refused() -> None:
     _, publication = publish([random_spec(30, 20, 2)], engine="sealed")
     data = publication.to_bytes()
     with pytest.raises(ParameterError, match=ckks_parameters.NAME):
-        Publication.from_bytes(data.replace(b"ckks-8192-199", b"ckks-8192-111"))
+        Publication.from_bytes(data.replace(b"ckks-8192-176", b"ckks-8192-111"))
     (layer,) = publication.layers
     object.__setattr__(layer, "Q", np.zeros((20, 20), np.float32))
     with pytest.raises(PublicationError, match="has a Q"):

@@ -15,7 +15,15 @@ from numpy.typing import NDArray
 
 from splitveil.errors import ConfigurationError, ProtocolError
 from splitveil.private.ckks_layout import coefficients, small_slots
-from splitveil.private.ckks_parameters import A_SCALE, B_BITS, DEGREE, INPUT_SCALE, MODULI
+from splitveil.private.ckks_parameters import (
+    A_SCALE,
+    B_BITS,
+    DATA_PRIMES,
+    DEGREE,
+    DROPPED_BEFORE_NOISE,
+    INPUT_SCALE,
+    MODULI,
+)
 
 INSTALL = "pip install 'splitveil[sealed]'"
 STEPS = [1 << i for i in range(DEGREE.bit_length() - 2)]
@@ -25,7 +33,7 @@ ERRORS = (ValueError, RuntimeError, IndexError)
 """What SEAL raises: std::invalid_argument, std::logic_error and std::runtime_error, std::out_of_range."""
 _HEADER = 16  # bytes before any serialised object; its length is in the last 8
 _IDENTITY = 32  # bytes of the digest of the parameters
-_SHIFT = 4  # 60-bit residues times 2^4 still fit in 64 bits
+_SHIFT = 26  # 37-bit residues times 2^26 still fit in 64 bits
 
 
 def seal_module() -> Any:
@@ -53,11 +61,14 @@ class Library:
         self.encoder = seal.CKKSEncoder(self.context)
         self.evaluator = seal.Evaluator(self.context)
         self.primes = [modulus.value() for modulus in parameters.coeff_modulus()]
-        first = self.context.first_context_data()
-        second = first.next_context_data()
-        self.levels = [data.parms_id() for data in (first, second, second.next_context_data())]
+        chain = [self.context.first_context_data()]
+        while (following := chain[-1].next_context_data()) is not None:
+            chain.append(following)
+        self.levels = [chain[dropped].parms_id() for dropped in (0, DROPPED_BEFORE_NOISE, DATA_PRIMES - 1)]
         """Parameters of queries, of answers while noise is added, and of answers as sent."""
-        self.noise_scale = INPUT_SCALE * A_SCALE * 2.0**B_BITS / self.primes[2]
+        self.noise_scale = INPUT_SCALE * A_SCALE * 2.0**B_BITS
+        for prime in self.primes[DATA_PRIMES - DROPPED_BEFORE_NOISE : DATA_PRIMES]:
+            self.noise_scale /= prime
         self.answer_scale = self.noise_scale / self.primes[1]
 
     # -- plaintexts --------------------------------------------------------------------------------------------------
@@ -78,8 +89,8 @@ class Library:
         half = (bits + 1) // 2
         high = exact + (1 << half - 1) >> half
         parts = [self.encoder.encode_complex(small_slots(part), 1.0) for part in (high, exact - (high << half))]
-        upper, lower = (_words(plain.to_bytes(), 3 * DEGREE).reshape(3, -1) for plain in parts)
-        primes = np.array(self.primes[:3], dtype=np.uint64)[:, None]
+        upper, lower = (_words(plain.to_bytes(), DATA_PRIMES * DEGREE).reshape(DATA_PRIMES, -1) for plain in parts)
+        primes = np.array(self.primes[:DATA_PRIMES], dtype=np.uint64)[:, None]
         sum_ = upper.copy()
         for done in range(0, half, _SHIFT):
             sum_ = (sum_ << np.uint64(min(_SHIFT, half - done))) % primes

@@ -8,12 +8,15 @@ import math
 
 from splitveil.lattice.hardness import Hardness, LweInstance, estimate, ternary_sigma
 
-NAME = "ckks-8192-199"
+NAME = "ckks-8192-176"
 DEGREE = 8192
 SLOTS = DEGREE // 2
-MODULI = (39, 40, 60, 60)
-"""Bits of the primes: what an answer arrives under; dropped after the noise is added; dropped before; key switching."""
-INPUT_SCALE = 2.0**40
+MODULI = (37, 35, 34, 34, 36)
+"""Bits of the primes: what an answer arrives under; dropped after the noise is added; two dropped before; key
+switching. As many small ones as that are slower than a few large ones, and keep the sum at what 128 bits allow."""
+DATA_PRIMES = len(MODULI) - 1
+DROPPED_BEFORE_NOISE = 2
+INPUT_SCALE = 2.0**41
 A_SCALE = 2.0**36
 B_BITS = 61
 FLOOD = 2.0**-21.5
@@ -57,15 +60,16 @@ def evaluation_error(rank: int) -> float:
     """What the decrypted sum may deviate from the product by, for any honest query: a bound at ``TAIL`` σ.
 
     Three parts (docs/design/sealed.md, section 3): key switching in A's product and the folds, which accumulates the
-    same whatever the rank; the rounding of B's plaintexts, against the least favourable Ax; and the modulus dropped
-    before the noise is added.
+    same whatever the rank; the rounding of B's plaintexts, against the least favourable Ax; and the primes dropped
+    before the noise is added, of which the last counts.
     """
     component = math.sqrt(DEGREE / 2)
     rotation = component * _key_switch_sigma()
     k = padded_rank(rank)
     folded = 2 * math.sqrt(SLOTS - 1 + 1 / 4 + k) * rotation / (INPUT_SCALE * A_SCALE)
     row = component / math.sqrt(12) * (math.sqrt(k) + TAIL) * 2.0**-B_BITS
-    dropped = component * _rounding_sigma() / (INPUT_SCALE * A_SCALE * 2.0 ** (B_BITS - MODULI[2]))
+    before = MODULI[DATA_PRIMES - DROPPED_BEFORE_NOISE : DATA_PRIMES]
+    dropped = component * _rounding_sigma() / (INPUT_SCALE * A_SCALE * 2.0 ** (B_BITS - sum(before)))
     return TAIL * folded + row + TAIL * dropped
 
 

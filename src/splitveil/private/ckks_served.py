@@ -9,7 +9,7 @@ import numpy as np
 from splitveil.errors import ProtocolError
 from splitveil.lattice.randomness import secret_normals
 from splitveil.private.ckks_library import ERRORS, forms, library
-from splitveil.private.ckks_parameters import FLOOD, SLOTS, ciphertexts
+from splitveil.private.ckks_parameters import DROPPED_BEFORE_NOISE, FLOOD, SLOTS, ciphertexts
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,8 @@ class SealedSession(SealedServed):
                 total = self._rotated(total, len(babies))
             total = self._sum(total, plains, babies)
         if total is not None:
-            self._library.evaluator.rescale_to_next_inplace(total)
+            for _ in range(DROPPED_BEFORE_NOISE):
+                self._library.evaluator.rescale_to_next_inplace(total)
             total.scale(self._library.noise_scale)
         return total
 
@@ -160,6 +161,6 @@ class SealedSession(SealedServed):
 def noise() -> np.typing.NDArray[np.complex128]:
     """What floods one answer ciphertext: independent Gaussians in the components of all slots, (4096,).
 
-    The same as independent Gaussians of 2^49.5 units in all coefficients; there a double still tells units apart.
+    The same as independent Gaussians of 2^42.5 units in all coefficients; there a double still tells units apart.
     """
     return (FLOOD * secret_normals(2 * SLOTS)).view(np.complex128)
