@@ -45,7 +45,13 @@ bench: setup
 	$(BIN)/python benchmarks/peers.py
 	$(BIN)/python benchmarks/search.py
 	$(BIN)/python benchmarks/inversion.py --full
+	$(BIN)/python benchmarks/scenarios.py
+	$(BIN)/python benchmarks/frontier.py
+	$(BIN)/python benchmarks/split_training.py
+	$(BIN)/python benchmarks/fixed_length.py
+	$(BIN)/python benchmarks/chatglm.py
 	PYTHONPATH=tests $(BIN)/python benchmarks/ledger.py
+	PYTHONPATH=tests $(BIN)/python benchmarks/metered.py
 
 # The generated modules are committed; this makes them anew after a change of a .proto file.
 proto: setup

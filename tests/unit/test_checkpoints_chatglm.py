@@ -252,7 +252,7 @@ def broken(tmp_path: Path, what: str) -> Path:
 @pytest.mark.parametrize(
     ("what", "words"),
     [
-        ("missing", "lacks 3 tensors|lacks 1 tensors|lacks"),
+        ("missing", r"lacks \d+ tensors?"),
         ("rows", "has 63 rows, expected 64"),
         ("foreign", "is no tensor of a ChatGLM model"),
         ("block", "no tensor of a ChatGLM model of 2 blocks"),
