@@ -2,6 +2,7 @@
 
     PYTHONPATH=tests python benchmarks/metered.py                   the embedded default
     PYTHONPATH=tests python benchmarks/metered.py --qwen            a model of Qwen2-0.5B's shape, random weights
+    PYTHONPATH=tests python benchmarks/metered.py --clients 32      32 clients at once, without a model
 
 Servers are processes of their own on this machine; every client has an API key where there is a ledger. Blocks of
 tokens alternate between the servers, and go on for longer than a lease of 256 rows. PostgreSQL runs in a temporary
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from ledger import own_postgresql
+from metered_clients import compare
 from transformers import AutoModelForCausalLM
 
 from splitveil import connect, disconnect
@@ -32,7 +34,11 @@ BLOCK = 32
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--qwen", action="store_true")
-    parser.add_argument("--rounds", type=int, default=12, help=f"of {BLOCK} tokens at every server")
+    parser.add_argument(
+        "--rounds", type=int, help=f"of {BLOCK} tokens at every server (12); with --clients: in all (3)"
+    )
+    parser.add_argument("--clients", type=int, metavar="N", help="so many sessions at once, see metered_clients.py")
+    parser.add_argument("--limit", type=int, default=100, help="rows a client and layer, with --clients")
     options = parser.parse_args()
     torch.set_num_threads(2)
     print(f"{datetime.date.today()}, {machine()}")
@@ -43,6 +49,10 @@ def main() -> None:
         postgresql = stack.enter_context(own_postgresql())
         if postgresql is not None:
             urls["PostgreSQL"] = postgresql
+        if options.clients:
+            compare(adapter, urls, options.clients, options.limit, options.rounds or 3)
+            return
+        options.rounds = options.rounds or 12
         models: dict[str, Any] = {}
         weights = None
         for name, url in urls.items():

@@ -1,8 +1,10 @@
 """Runs every command and every Python block of the README, in order, as a newcomer would: ``python tests/readme.py``.
 
 The ``make`` commands are left to the caller. Bash blocks share one shell: a server started in one is there in the next.
+What servers keep is in a folder of the run's own: the rows of earlier runs stay spent elsewhere.
 """
 
+import os
 import re
 import subprocess
 import sys
@@ -23,12 +25,13 @@ def main() -> None:
     python = blocks("python")
     if not shell or not python:
         sys.exit("the README has no commands left to run")
-    with tempfile.NamedTemporaryFile("w", suffix=".sh") as script:
+    with tempfile.NamedTemporaryFile("w", suffix=".sh") as script, tempfile.TemporaryDirectory() as state:
         script.write(
             "set -euo pipefail -o monitor\ntrap 'kill $(jobs -p) 2>/dev/null || true' EXIT\n" + "\n".join(shell)
         )
         script.flush()
-        subprocess.run(["bash", "-x", script.name], cwd=ROOT, check=True, timeout=600)
+        environment = {**os.environ, "XDG_STATE_HOME": state}
+        subprocess.run(["bash", "-x", script.name], cwd=ROOT, check=True, timeout=600, env=environment)
     for block in python:
         subprocess.run([str(ROOT / ".venv/bin/python"), "-c", block], cwd=ROOT, check=True, timeout=600)
     print(f"README: {len(shell)} shell blocks and {len(python)} Python blocks ran")

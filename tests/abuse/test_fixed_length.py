@@ -39,6 +39,9 @@ class Watch:
         if act is not None:
             act()
 
+    def require_rows_left(self, identity: str, adapter: str) -> None:
+        """Leaves refusing to ``reserve_all``."""
+
     def reserve_all(self, identity: str, adapter: str, modules: Sequence[str], rows: int) -> None:
         if self.refuse_after is not None and len(self.seen) > self.refuse_after:
             raise BudgetExceededError("the budget is used up")

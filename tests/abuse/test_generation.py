@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ from splitveil.serving.server import Server
 from splitveil.wire import codec
 
 PROMPT = torch.tensor([[5, 9, 23, 41]])
+WIDTH = 16
+"""Inputs of the adapted modules."""
 NEW_TOKENS = 8
 QUERIES = 2 * NEW_TOKENS
 """Of one generation, once the sites are known: two blocks a token."""
@@ -75,8 +78,16 @@ def generate(model: PreTrainedModel) -> Tensor:
     return model.generate(PROMPT, max_new_tokens=NEW_TOKENS, do_sample=False, attention_mask=torch.ones_like(PROMPT))
 
 
+def assert_every_row_had_its_own_mask(queries: Sequence[codec.Query]) -> None:
+    """A query's last coordinates are the mask's pad alone: under one mask they are equal, whatever was asked."""
+    words = [np.frombuffer(query.data, dtype="<u4").reshape(query.rows, -1) for query in queries]
+    pads = [row[WIDTH:].tobytes() for rows in words for row in rows]
+    assert len(set(pads)) == len(pads)
+    assert len({query.data for query in queries}) == len(queries)
+
+
 def test_an_interrupt_leaves_model_connection_and_masks_usable(model: PreTrainedModel, watch: Watch) -> None:
-    """Ctrl-C at every query of a generation: while the answer is awaited, or just as it comes."""
+    """Ctrl-C at every query of a generation: while the answer is awaited, or just as it comes. None is sent again."""
     expected = generate(model)
     pool = connection(model).pool
     assert pool is not None
@@ -94,9 +105,10 @@ def test_an_interrupt_leaves_model_connection_and_masks_usable(model: PreTrained
     eventually(lambda: pool.size > 0)
     assert pool.size <= capacity
     assert torch.equal(generate(model), expected)
+    assert_every_row_had_its_own_mask(watch.seen)
 
 
-def test_interrupts_at_any_instruction(model: PreTrainedModel) -> None:
+def test_interrupts_at_any_instruction(model: PreTrainedModel, watch: Watch) -> None:
     """The same at moments that nobody chose."""
     expected = generate(model)
     began = time.monotonic()
@@ -111,6 +123,7 @@ def test_interrupts_at_any_instruction(model: PreTrainedModel) -> None:
             # Python itself swallows an interrupt that falls into a destructor.
             generate(model)
     assert torch.equal(generate(model), expected)
+    assert_every_row_had_its_own_mask(watch.seen)
 
 
 def test_an_interrupt_in_the_very_first_pass(running: Server, watch: Watch) -> None:
@@ -210,6 +223,9 @@ def test_a_refusal_in_the_middle(adapter: ServedAdapter) -> None:
 
     class UpTo:
         left = 20
+
+        def require_rows_left(self, identity: str, adapter: str) -> None:
+            """Leaves refusing to ``reserve_all``."""
 
         def reserve_all(self, identity: str, adapter: str, modules: Sequence[str], rows: int) -> None:
             self.left -= rows

@@ -3,10 +3,23 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import grpc
 import pytest
+import torch
 
-from abuse.support import ADAPTER, RANK, WIDTHS, served_layers, tiny_llama
+from abuse.support import (
+    ADAPTER,
+    RANK,
+    WIDTHS,
+    RawClient,
+    attention_adapter,
+    clear_error,
+    hello,
+    served_layers,
+    tiny_llama,
+)
 from splitveil import connect, disconnect
 from splitveil.errors import BudgetExceededError, ConfigurationError, KeyRejectedError, RefusedError
 from splitveil.lattice.parameters import INSECURE_TEST
@@ -98,6 +111,103 @@ def test_a_query_that_one_layer_refuses_costs_the_others_nothing(vendor: Vendor,
     for _ in range(4):
         ask(session, [0], 10)
     session.close()
+
+
+def spend_everything(vendor: Vendor, key: str) -> None:
+    session = vendor.session(key)
+    for layers in ([0, 1], [2, 3]):
+        for _ in range(LIMIT // 10):
+            ask(session, layers, 10)
+    session.close()
+
+
+def test_a_client_without_any_rows_left_opens_no_session(vendor: Vendor, key: str) -> None:
+    """RESOURCE_EXHAUSTED, which is also what a full server says: the two are told apart, here and in what is raised."""
+    open_before = vendor.session(key)
+    spend_everything(vendor, key)
+    assert vendor.spent("acme") == dict.fromkeys(vendor.spent("acme"), LIMIT)
+    for _ in range(2):
+        with clear_error(BudgetExceededError, match="refuses: this client's row budget is spent at every layer"):
+            vendor.session(key)
+    with RawClient(vendor.server.address, hello(key=key)) as raw:
+        code, details = raw.ending()
+    assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "ask the vendor for more" in details
+    for _ in range(2):  # in band: the session stays open
+        with pytest.raises(BudgetExceededError, match=r"refused a query.*0 are left"):
+            ask(open_before, [0], 1)
+    open_before.close()
+    vendor.session(key, "law").close()  # another adapter has a budget of its own
+    vendor.session(vendor.keyring.create("bolt")[0]).close()  # and so has another client
+
+
+def test_rows_of_a_lease_that_is_held_still_open_a_session(vendor: Vendor, key: str) -> None:
+    """All is on record as spent, and some of it was not answered yet."""
+    session = vendor.session(key)
+    for layers in ([0, 1], [2, 3]):
+        ask(session, layers, LIMIT - 2)
+        ask(session, layers, 1)  # of a lease of two
+    session.close()
+    assert set(vendor.spent("acme").values()) == {LIMIT}
+    session = vendor.session(key)
+    assert ask(session, [3], 1)
+    session.close()
+
+
+def test_a_full_server_is_not_taken_for_a_spent_budget(
+    vendor: Vendor, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vendor.server._visits, "_most", 0)
+    with pytest.raises(RefusedError, match="too many sessions open") as caught:
+        vendor.session(key)
+    assert not isinstance(caught.value, BudgetExceededError)
+
+
+def test_who_has_no_key_does_not_learn_whose_budget_is_spent(vendor: Vendor, key: str) -> None:
+    told: dict[str, set[str]] = {"left": set(), "spent": set()}
+    for state, words in told.items():
+        for shown in ("", "secret", key[:-4] + "AAAA"):
+            with pytest.raises(KeyRejectedError) as caught:
+                vendor.session(shown)
+            words.add(str(caught.value))
+        if state == "left":
+            spend_everything(vendor, key)
+    assert told["left"] == told["spent"]
+
+
+def test_a_budget_that_cannot_be_read_opens_no_session(
+    vendor: Vendor, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RefusedError("the ledger cannot be used")
+
+    monkeypatch.setattr(vendor.server._service._gate._leases, "spent", broken)
+    with clear_error(RefusedError, match="ledger cannot be used"):
+        vendor.session(key)
+
+
+def test_a_generation_whose_budget_ends_takes_all_its_steps(tmp_path: Path) -> None:
+    """``fixed_length`` over the ledger: refused in band to the last step; only the next session is not begun."""
+    base, queries = tiny_llama(), []
+    adapter = attention_adapter()
+    with Database(f"sqlite:///{tmp_path / 'ledger.sqlite'}") as database:
+        keyring = Keyring(database)
+        key = keyring.create("acme")[0]
+        gate = metered({ADAPTER: adapter}, database, 12)
+        tokens = torch.tensor([[3, 5, 7]])
+        with Server(
+            {ADAPTER: adapter}, "127.0.0.1:0", gate=gate, keys=keyring, on_query=lambda _, query: queries.append(query)
+        ) as server:
+            how: dict[str, Any] = {"api_key": key, "fixed_length": True, "allow_insecure": True}
+            connect(base, server.address, ADAPTER, **how)
+            base.generate(tokens, max_new_tokens=2, do_sample=False)
+            queries.clear()
+            with pytest.raises(BudgetExceededError, match="refused a query"):
+                base.generate(tokens, max_new_tokens=16, do_sample=False)
+            assert len(queries) == 2 * 16
+            disconnect(base)
+            with pytest.raises(BudgetExceededError, match="at every layer"):
+                connect(base, server.address, ADAPTER, **how)
 
 
 def test_two_sessions_of_one_client_share_its_budget(vendor: Vendor, key: str) -> None:
@@ -197,7 +307,6 @@ def test_a_ledger_that_fails_answers_nothing(vendor: Vendor, key: str, monkeypat
 
 def test_a_model_says_so_when_the_budget_ends_in_the_middle_of_a_text(tmp_path: Path) -> None:
     """From serve() to generate(): one error of ours, and the model works again without the adapter."""
-    import torch
     from peft import LoraConfig, get_peft_model
 
     base = tiny_llama()

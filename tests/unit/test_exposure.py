@@ -24,7 +24,7 @@ from splitveil.private.exposure import Facts, facts_of, leakage_of
 from splitveil.private.lattice_served import publish
 from splitveil.private.layer import publish as publish_layers
 from splitveil.private.leakage import Channel, peak_ratio
-from splitveil.serving.exposure import known_attack_error, sites_of
+from splitveil.serving.exposure import known_attack_error, rows_until_learned, sites_of
 from splitveil.serving.publishing import ServedAdapter
 from splitveil.serving.serve import metered
 
@@ -79,6 +79,29 @@ def test_the_plain_engine_has_no_facts() -> None:
     assert facts_of(half, publication) == [None]
     site = sites_of(ServedAdapter(half, publication, b"", b"", 1), 3)["m"]
     assert site == Site(4, publication.noise, 3, "")
+
+
+def test_a_sealed_adapter_is_spoken_of_in_words(url: str) -> None:
+    """One answer may give everything away, or nothing: no figure says that."""
+    spec = LayerSpec(np.ones((1, 4), dtype=np.float32), np.ones((4, 1), dtype=np.float32), 1.0, (("m", 4),))
+    half, publication = publish_layers([spec], engine="sealed")
+    sealed = ServedAdapter(half, publication, b"", b"", 1)
+    assert rows_until_learned(sealed) == 4
+    with Database(url) as database:
+        Keyring(database).create("acme")
+        Keyring(database).create("bolt")
+        metered({"sealed": sealed, "clinic": adapter(0.1)}, database, 400).reserve("acme", "sealed", "m", 1)
+        metered({"clinic": adapter(0.1)}, database, 400).reserve("bolt", "clinic", "m1", 1)
+    acme, bolt = sorted(listed(), key=lambda one: str(one["name"]))
+    assert acme["one_answer_may_be_enough"] is True
+    assert acme["best_known_attack_error"] is None
+    assert bolt["one_answer_may_be_enough"] is False
+    assert isinstance(bolt["best_known_attack_error"], float)
+    table = " ".join(CliRunner().invoke(keys, ["list"], catch_exceptions=False).stdout.split())
+    for part in ("One answer may be enough: the sealed engine", "a layer of rank 1 from a single answer"):
+        assert part in table
+    assert "not known" not in table
+    assert "nan" not in table.split()
 
 
 def test_an_all_zero_core_can_be_declared() -> None:

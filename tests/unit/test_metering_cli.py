@@ -85,6 +85,7 @@ def test_a_client_reads_its_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         keyring = Keyring(database)
         key, other = (keyring.create("acme")[0] for _ in range(2))
     file = tmp_path / "acme.key"
+    file.touch(0o600)
     monkeypatch.delenv("SPLITVEIL_API_KEY", raising=False)
     assert read_key(None) is None
     monkeypatch.setenv("SPLITVEIL_API_KEY", key)
@@ -96,6 +97,12 @@ def test_a_client_reads_its_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         with pytest.raises(ConfigurationError, match="key") as refused:
             read_key(file)
         assert not bad or bad not in str(refused.value)
+    file.write_text(key)
+    for mode in (0o640, 0o604, 0o622):
+        file.chmod(mode)
+        with pytest.raises(ConfigurationError, match=r"acme\.key may be read by others; chmod 600 it") as refused:
+            read_key(file)
+        assert key not in str(refused.value)
     with pytest.raises(ConfigurationError, match="cannot be read: No such file"):
         read_key(tmp_path / "missing")
     monkeypatch.setenv("SPLITVEIL_API_KEY", "password123")

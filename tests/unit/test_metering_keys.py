@@ -137,6 +137,41 @@ def test_a_clock_set_back_by_seconds_revives_no_key(keyring: Keyring, hands: Han
         Keyring(restarted, clock=Clock(restarted, hands)).authenticate(key, "clinic")
 
 
+def test_a_clock_set_back_after_an_idle_time_revives_no_key(database: Database, hands: Hands) -> None:
+    """Nobody asked anything between the expiry and the setting back: only what cannot be set has seen time pass."""
+    ticks = Hands()
+    keyring = Keyring(database, clock=Clock(database, hands, ticks))
+    key, _ = keyring.create("acme", days=1)
+    idle = keyring.admit(key, "clinic")
+    idle.check()
+    ticks.time += 2 * DAY  # and the wall clock, two days later, is set back to where it was
+    with pytest.raises(KeyRejectedError, match="expired"):
+        idle.check()
+    with pytest.raises(KeyRejectedError, match="expired"):
+        keyring.authenticate(key, "clinic")
+
+
+def test_a_clock_runs_on_from_the_largest_time_that_was_seen(another: Opener, hands: Hands) -> None:
+    ticks = Hands()
+    clocks = [Clock(another(), hands, ticks) for _ in range(2)]
+    assert clocks[0].now() == START
+    hands.time += 3600
+    assert clocks[0].now() == START + 3600
+    hands.time -= 30 * DAY
+    ticks.time += 100
+    assert clocks[0].now() == START + 3700
+    hands.time += 60 * DAY
+    assert clocks[0].now() == START + 30 * DAY + 3600
+    ticks.time += 1000
+    clocks[1].learn(START + 40 * DAY)  # as of now: what went by before is not added
+    assert clocks[1].now() == START + 40 * DAY
+    ticks.time += 1
+    assert clocks[1].now() == START + 40 * DAY + 1
+    clocks[1].record(clocks[1].now())
+    restarted = Clock(another(), lambda: START - 365 * DAY, ticks)
+    assert restarted.now() == START + 40 * DAY + 1
+
+
 def test_time_is_recorded_without_any_refusal(keyring: Keyring, hands: Hands, another: Opener) -> None:
     """A server that answered others after the expiry, went down, and came back with its clock set back."""
     key, _ = keyring.create("acme", days=1)

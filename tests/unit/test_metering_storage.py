@@ -60,15 +60,44 @@ def test_a_file_that_is_no_database(tmp_path: Path) -> None:
     assert "shopping" in (tmp_path / "ledger.db").read_text()
 
 
-def test_passwords_are_not_taken_from_the_command_line_nor_shown(capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ConfigurationError, match="contains a password") as refused:
-        locate("postgresql+psycopg://user:hunter2@host/db")
+SECRETIVE = (
+    "postgresql+psycopg://user:hunter2@127.0.0.1:1/db",
+    "postgresql://user@127.0.0.1:1/db?password=hunter2",
+    "postgresql://user@127.0.0.1:1/db?sslmode=prefer&PASSWORD=hunter2",
+    "postgresql://user@127.0.0.1:1/db?sslpassword=hunter2",
+    "postgresql://user@127.0.0.1:1/db?conninfo=password%3Dhunter2",
+)
+
+
+@pytest.mark.parametrize("url", SECRETIVE)
+def test_passwords_are_not_taken_from_the_command_line_nor_shown(url: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigurationError, match=r"contains a password.*SPLITVEIL_LEDGER.*pgpass") as refused:
+        locate(url)
     assert "hunter2" not in str(refused.value)
     with pytest.raises(ConfigurationError) as refused:
-        Database("postgresql+psycopg://user:hunter2@127.0.0.1:1/db")
+        Database(url)
     assert "hunter2" not in str(refused.value)
     assert refused.value.__suppress_context__
     assert "hunter2" not in "".join(capfd.readouterr())
+
+
+def test_a_password_from_the_environment_is_taken_and_not_shown(
+    pg_cluster: postgresql.Cluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("SPLITVEIL_LEDGER", pg_cluster.new_url() + "&password=hunter2")
+    with Database(locate(None)) as database:
+        assert "hunter2" not in repr(database)
+        with database.write() as connection:
+            connection.execute(update(schema.state).values(version=99))
+    with pytest.raises(ConfigurationError, match="tables of version 99") as refused:
+        Database(locate(None))
+    assert "hunter2" not in str(refused.value) + caplog.text
+
+
+def test_what_is_no_password_may_follow_the_question_mark() -> None:
+    for query in ("passfile=/etc/splitveil/pgpass", "sslmode=verify-full&sslrootcert=ca.pem"):
+        url = f"postgresql://user@host/db?{query}"
+        assert locate(url) == url
 
 
 def test_tables_of_another_version_are_refused(database: Database, place: tuple[str, str | None]) -> None:

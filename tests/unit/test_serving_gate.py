@@ -28,6 +28,9 @@ class Recording:
         self.events = events
         self.refused: set[str] = set()
 
+    def require_rows_left(self, identity: str, adapter: str) -> None:
+        """Leaves refusing to ``reserve_all``."""
+
     def reserve_all(self, identity: str, adapter: str, modules: Sequence[str], rows: int) -> None:
         self.events.append(("reserve", identity, adapter, *modules, rows))
         for module in self.refused.intersection(modules):

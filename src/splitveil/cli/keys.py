@@ -13,6 +13,7 @@ from splitveil.cli.standings import as_json as standings_as_json
 from splitveil.cli.standings import by_name, clients, print_clients
 from splitveil.errors import ConfigurationError
 from splitveil.metering import Account, Database, Key, Keyring, accounts, is_key, locate
+from splitveil.serving.secret_file import require_own
 
 VARIABLE = "SPLITVEIL_API_KEY"
 _MOST_BYTES = 4096  # of a key file; a key has 59
@@ -33,7 +34,7 @@ def keys() -> None:
     Keys are shown once, when they are made; only digests are kept.
 
     \b
-    splitveil keys create acme --adapter clinic --expires 90 > acme.key
+    (umask 077; splitveil keys create acme --adapter clinic --expires 90 > acme.key)
     splitveil keys list
     splitveil keys revoke acme
     """
@@ -48,7 +49,7 @@ def create(name: str, adapters: tuple[str, ...], expires: float | None, ledger: 
     """Make a key for the client NAME and print it, this once.
 
     The key alone goes to standard output, everything else to standard error. The client puts it into
-    $SPLITVEIL_API_KEY or into a file, never on a command line.
+    $SPLITVEIL_API_KEY or into a file that nobody else may read, never on a command line.
     """
     with Database(locate(ledger)) as database:
         keyring = Keyring(database)
@@ -69,8 +70,10 @@ def list_keys(as_json: bool, ledger: str | None) -> None:
 
     Rows are counted for every layer, a lease ahead of the answers; shown are the layer with most, and how many rows
     are left where fewest are. Beside them stands what the best attack that is known makes of so many rows, at the
-    layer of which it knows most: a relative error of the weights, which is no bound. Learned is how many layers were
-    asked for as many rows as they have inputs, or give an error of 10 % or less: consider them known to the client.
+    layer of which it knows most: a relative error of the weights, which is no bound. Of the sealed engine it says in
+    words that one answer may be enough: there it depends on how honestly a client made its keys. Learned is how many
+    layers were asked for as many rows as they have inputs, or give an error of 10 % or less: consider them known to the
+    client.
     """
     with Database(locate(ledger)) as database:
         found = Keyring(database).records()
@@ -105,12 +108,14 @@ def revoke(which: str, ledger: str | None) -> None:
 def read_key(file: Path | None) -> str | None:
     """The client's key: that of a key file if one is named, else ``$SPLITVEIL_API_KEY``, else None.
 
-    Raises ``ConfigurationError`` for a file that cannot be read and for what is no key; never repeats what it read.
+    Raises ``ConfigurationError`` for a file that cannot be read, or that others can, and for what is no key; never
+    repeats what it read.
     """
     if file is None:
         text, place = os.environ.get(VARIABLE), f"${VARIABLE}"
     else:
         try:
+            require_own(file, "key file")
             with file.open("rb") as stream:
                 text, place = stream.read(_MOST_BYTES).decode("ascii", "replace"), str(file)
         except OSError as error:

@@ -46,7 +46,7 @@ _OPTIONS: list[Callable[..., Callable[..., None]]] = [
         "--limit",
         type=click.IntRange(1),
         metavar="ROWS",
-        help="Answer no client more rows than this at any layer, ever. A layer of d inputs is learned from d.",
+        help="Answer no client more rows than this at any layer, ever. A layer of d inputs is learned from d, or half.",
     ),
     click.option("--sessions", default=32, show_default=True, type=click.IntRange(1, 1024), help="Clients at once."),
     click.option("--metrics", metavar="HOST:PORT", help="Serve figures for Prometheus there, below /metrics."),
@@ -102,7 +102,8 @@ def serve(
     that may ask for as many rows as the layers are wide can rebuild the adapter from the answers.
 
     With --ledger or --limit, clients need an API key (splitveil keys create), and their rows are counted before they
-    are answered. Without, whoever reaches the address is answered.
+    are answered. Without, whoever reaches the address is answered, and nothing is counted. Either is warned of at the
+    start: that nothing is counted, and a limit that the best known attack needs no more than.
 
     Addresses beyond this machine need TLS (--tls-cert, --tls-key).
 
@@ -111,9 +112,9 @@ def serve(
 
     \b
     splitveil serve --adapter clinic=./my-lora
-    splitveil serve --adapter clinic=./my-lora --limit 2048
+    splitveil serve --adapter clinic=./my-lora --limit 1024
     splitveil serve --adapter clinic=./my-lora --listen 0.0.0.0:7433 \\
-        --tls-cert server.crt --tls-key server.key --limit 2048
+        --tls-cert server.crt --tls-key server.key --limit 1024
     splitveil serve --adapter clinic=embedded:clinic --listen 127.0.0.1:0
     """
     from splitveil.serving.operations.logs import configure

@@ -1,6 +1,7 @@
 """``splitveil split serve``."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,13 +120,20 @@ def serve(
     options.quiet()
     base, _ = load_base(model, dtype=dtype, device=place)
 
-    from splitveil.metering import Database, Keyring, locate
+    from splitveil.metering import Clock, Database, Keyring, locate
+    from splitveil.serving.heartbeat import Heartbeat
     from splitveil.splitlearning.interface import Shape, Trains
     from splitveil.splitlearning.server import SplitServer
 
-    database = Database(locate(ledger)) if keys or ledger is not None else None
     kinds = list(Trains)
+    resources = ExitStack()
+    keyring: Keyring | None = None
     try:
+        if keys or ledger is not None:
+            database = resources.enter_context(Database(locate(ledger)))
+            clock = Clock(database)
+            resources.enter_context(Heartbeat(clock))
+            keyring = Keyring(database, clock=clock)
         server = SplitServer(
             base,
             cut=cut,
@@ -136,17 +144,16 @@ def serve(
             listen=listen,
             tls=files,
             allow_plaintext=tls["allow_plaintext"],
-            keys=None if database is None else Keyring(database),
+            keys=keyring,
             sessions=sessions,
             training=training,
             runs=runs,
             silence=silence,
             log_identities=log_identities,
-            on_close=None if database is None else database.close,
+            on_close=resources.close,
         )
     except BaseException:
-        if database is not None:
-            database.close()
+        resources.close()
         raise
 
     def reload(told: Callable[[], bool]) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,15 @@ CAPTION = (
     "Best known attack: the relative error to which it is expected to rebuild the weights of the client's most "
     "advanced layer, from the rows spent there and under the least noise that was ever in force. It is the best that "
     "is known, and no bound: a better one may exist. Fewer rows are worth more than it says to somebody who is content "
-    "with a clone for real text, or who knows the adapter's initialisation. Learned: layers that were asked for as "
-    "many rows as they have inputs, or for so many that this error is 10 % or less."
+    "with a clone for real text, or who knows one of the adapter's two factors, A: the trained one, or, worth less, "
+    "the one that training began with. Learned: layers that were asked for as many rows as they have inputs, or for so "
+    "many that this error is 10 % or less."
+)
+ONE_ANSWER = "one answer may be enough"
+ABOUT_ONE_ANSWER = (
+    f"{ONE_ANSWER[0].upper()}{ONE_ANSWER[1:]}: the sealed engine hides the weights from clients that make their keys "
+    "honestly. One that does not reads a layer of rank 1 from a single answer, and others from a few, as far as we can "
+    "tell; rows and limits say nothing about it. Serve those only whom you trust to run the program as it is."
 )
 
 
@@ -26,6 +33,8 @@ class Client:
     standings: tuple[Standing, ...]
     limits: tuple[int | None, ...]
     """In force, layer by layer; None where there is no limit, or where no server of this version declared one yet."""
+    one_answer: bool = False
+    """Whether the sealed engine answered it: what it knows depends on its keys' honesty, not on its rows."""
 
     @property
     def advanced(self) -> Standing:
@@ -63,6 +72,7 @@ class Client:
             "layers_asked": len(self.standings),
             "layers_learned": self.learned,
             "best_known_attack_error": None if math.isnan(error) else error,
+            "one_answer_may_be_enough": self.one_answer,
             "most_advanced_layer": self.advanced.account.site,
         }
 
@@ -73,7 +83,7 @@ def clients(database: Database) -> list[Client]:
     Raises ``RefusedError`` if the database fails, ``DataError`` or ``ParameterError`` for a layer of which it holds
     what this version cannot read.
     """
-    from splitveil.serving.exposure import known_attack_error
+    from splitveil.serving.exposure import known_attack_error, one_answer_may_be_enough
 
     in_force = limits(database)
     found: defaultdict[tuple[str, str], list[Standing]] = defaultdict(list)
@@ -81,7 +91,13 @@ def clients(database: Database) -> list[Client]:
         limit = in_force.get((account.adapter, account.site))
         found[account.identity, account.adapter].append(standing(account, known_attack_error, limit))
     return [
-        Client(name, adapter, tuple(own), tuple(in_force.get((adapter, one.account.site)) for one in own))
+        Client(
+            name,
+            adapter,
+            tuple(own),
+            tuple(in_force.get((adapter, one.account.site)) for one in own),
+            any(one_answer_may_be_enough(one.account) for one in own),
+        )
         for (name, adapter), own in found.items()
     ]
 
@@ -96,6 +112,7 @@ def as_json(own: Iterable[Client]) -> dict[str, Any]:
         "layers_asked": sum(one["layers_asked"] for one in by_adapter),
         "layers_learned": sum(one["layers_learned"] for one in by_adapter),
         "best_known_attack_error": min(errors, default=None) if by_adapter else 1.0,
+        "one_answer_may_be_enough": any(one["one_answer_may_be_enough"] for one in by_adapter),
         "by_adapter": by_adapter,
     }
 
@@ -108,7 +125,7 @@ def by_name(found: Iterable[Client]) -> Mapping[str, list[Client]]:
     return own
 
 
-def print_clients(found: Iterable[Client]) -> None:
+def print_clients(found: Collection[Client]) -> None:
     """A table, one line a client and adapter, and what its words mean."""
     from rich.console import Console
     from rich.table import Table
@@ -127,11 +144,13 @@ def print_clients(found: Iterable[Client]) -> None:
             f"{client.rows:,}",
             "no limit" if client.left is None else f"{client.left:,}",
             f"{client.learned} of {len(client.standings)}",
-            shown(client.advanced.known_attack_error),
+            ONE_ANSWER if client.one_answer else shown(client.advanced.known_attack_error),
             client.advanced.account.site,
         )
     console.print(table)
     console.print(CAPTION, markup=False, highlight=False)
+    if any(client.one_answer for client in found):
+        console.print(ABOUT_ONE_ANSWER, markup=False, highlight=False)
 
 
 def shown(error: float) -> str:

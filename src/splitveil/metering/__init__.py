@@ -4,6 +4,7 @@ Knows nothing of what it counts: which attack makes what of so many rows is a fu
 """
 
 from splitveil.metering.accounts import LEARNED, Account, Leakage, Site, Standing, accounts, limits, standing
+from splitveil.metering.clock import Clock
 from splitveil.metering.keys import Admission, Key, Keyring, is_key
 from splitveil.metering.ledger import LedgerGate
 from splitveil.metering.storage.database import Database
@@ -13,6 +14,7 @@ __all__ = [
     "LEARNED",
     "Account",
     "Admission",
+    "Clock",
     "Database",
     "Key",
     "Keyring",

@@ -84,6 +84,26 @@ class LedgerGate:
         with refilling:
             self._refill_and_take(wanted)
 
+    def require_rows_left(self, identity: str, adapter: str) -> None:
+        """Returns if a row of some site of ``adapter`` may still be allowed.
+
+        Raises ``BudgetExceededError`` if none ever will be, ``RefusedError`` if the database fails.
+        """
+        with self._lock:
+            limits = {name: site.limit for (owner, name), site in self._sites.items() if owner == adapter}
+            refilling = self._refilling.setdefault((identity, adapter), threading.Lock())
+        if not limits or None in limits.values():
+            return
+        with refilling:  # else the last lease could be on record already, and not yet among the balances
+            spent = self._leases.spent(identity, adapter)
+            with self._lock:
+                if any(
+                    spent.get(site, 0) < (limit or 0) or self._balances.get((identity, adapter, site), 0)
+                    for site, limit in limits.items()
+                ):
+                    return
+        raise BudgetExceededError(f"the row budget of adapter {adapter!r} is spent at every layer")
+
     def accounts(self) -> list[Account]:
         """Every account, without the rows that this gate has leased and not allowed yet.
 

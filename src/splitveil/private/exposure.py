@@ -12,7 +12,7 @@ from splitveil.lattice.parameters import ParameterSet, parameter_set
 from splitveil.private.core import core_rms
 from splitveil.private.engine import ServedHalf
 from splitveil.private.lattice_served import LatticeServed
-from splitveil.private.leakage import Channel, Leakage, leakage, peak_ratio, rows_until
+from splitveil.private.leakage import LEARNED, Channel, Leakage, leakage, peak_ratio, rows_until
 from splitveil.private.published import Publication
 
 
@@ -75,5 +75,20 @@ def leakage_of(facts: Facts, width: int, noise: float, rows: int) -> Leakage:
 
     Raises ``ParameterError`` for a parameter set that this version does not know.
     """
+    return leakage(_channel(facts, width, noise), rows)
+
+
+def rows_until_learned(facts: Facts, width: int, noise: float) -> int:
+    """Rows after which a layer counts as learned: the best known attack has it within 10 %, or there are ``width``.
+
+    Raises ``ParameterError`` as ``leakage_of`` does.
+    """
+    try:
+        return min(width, rows_until(_channel(facts, width, noise), LEARNED))
+    except OverflowError:
+        return width
+
+
+def _channel(facts: Facts, width: int, noise: float) -> Channel:
     parameters = parameter_set(facts.parameters, allow_insecure=True)
-    return leakage(Channel.of(parameters, width, facts.rank, facts.norm_bound, noise, facts.peak_ratio), rows)
+    return Channel.of(parameters, width, facts.rank, facts.norm_bound, noise, facts.peak_ratio)

@@ -8,24 +8,45 @@ from splitveil.lattice.parameters import DEFAULT, ParameterSet
 from splitveil.metering import Account, Site
 from splitveil.private import exposure
 from splitveil.private.exposure import Facts, facts_of, leakage_of
-from splitveil.serving.publishing import ServedAdapter, layer_specs
+from splitveil.private.published import ENGINE_SEALED
+from splitveil.serving.publishing import ServedAdapter, layer_shape, layer_specs
+
+SEALED = "sealed"
+"""In place of a layer's facts, for the sealed engine: what rows are worth there depends on how the client made its
+keys, not on how many they are (docs/design/sealed.md)."""
 
 
 def sites_of(adapter: ServedAdapter, limit: int | None) -> Mapping[str, Site]:
     """The layers of an adapter as a ledger counts them, by the names of their first modules."""
     publication = adapter.publication
+    unmeasured = SEALED if publication.engine == ENGINE_SEALED else ""
     return {
-        layer.outputs[0][0]: Site(layer.width, publication.noise, limit, "" if facts is None else str(facts))
+        layer.outputs[0][0]: Site(layer.width, publication.noise, limit, unmeasured if facts is None else str(facts))
         for layer, facts in zip(publication.layers, facts_of(adapter.half, publication), strict=True)
     }
 
 
+def rows_until_learned(adapter: ServedAdapter) -> int:
+    """Rows after which the narrowest layer counts as learned.
+
+    Of several the one with the flattest core stands for all, which falls first: with noise added, each would take up to
+    a second to compute.
+    """
+    publication = adapter.publication
+    width = min(layer.width for layer in publication.layers)
+    known = [
+        facts
+        for layer, facts in zip(publication.layers, facts_of(adapter.half, publication), strict=True)
+        if layer.width == width and facts is not None
+    ]
+    if not known:
+        return width
+    return exposure.rows_until_learned(min(known, key=lambda facts: facts.peak_ratio), width, publication.noise)
+
+
 def rows_without_noise(adapter: Adapter, parameters: ParameterSet = DEFAULT) -> tuple[int, int, int]:
     """Rows for 10 %, for 1 % and for the exact weights at the layer that falls first, with the noise floor only."""
-    shapes = {
-        (spec.A.shape[1], spec.A.shape[0] if spec.B is None else min(spec.B.shape))
-        for spec in layer_specs(adapter.modules)
-    }
+    shapes = {layer_shape(spec)[:2] for spec in layer_specs(adapter.modules)}
     found = [exposure.rows_without_noise(parameters, width, rank) for width, rank in shapes]
     ten, one, exact = (min(column) for column in zip(*found, strict=True))
     return ten, one, exact
@@ -35,8 +56,21 @@ def known_attack_error(account: Account) -> float:
     """Relative error of the weights after the best *known* attack on an account's layer: ``metering.Leakage``.
 
     As if all rows had been answered by the most telling of the publications that answered any, under the least noise
-    that was ever in force. NaN where the ledger does not know the layer: its rows were counted by an earlier version.
-    Raises ``DataError`` or ``ParameterError`` for facts that this version cannot read.
+    that was ever in force. NaN where the ledger does not know the layer, whose rows were counted by an earlier version,
+    and where ``one_answer_may_be_enough`` is all that is known. Raises ``DataError`` or ``ParameterError`` for facts
+    that this version cannot read.
     """
-    found = [leakage_of(Facts.read(text), account.width, account.noise, account.rows) for text in account.facts]
+    found = [
+        leakage_of(Facts.read(text), account.width, account.noise, account.rows)
+        for text in account.facts
+        if text != SEALED
+    ]
     return min((one.error for one in found), default=math.nan)
+
+
+def one_answer_may_be_enough(account: Account) -> bool:
+    """Whether any row was answered by the sealed engine.
+
+    A client that makes its keys dishonestly reads a layer of rank 1 from one of its answers.
+    """
+    return SEALED in account.facts

@@ -5,9 +5,13 @@ from typing import Protocol
 
 import grpc
 
-from splitveil.errors import KeyRejectedError, RefusedError
+from splitveil.errors import BudgetExceededError, KeyRejectedError, RefusedError
 
 ANONYMOUS = "anonymous"
+
+BUDGET_SPENT = "this client's row budget is spent at every layer of the adapter; ask the vendor for more"
+"""What a client without any rows left is told when it begins a session, word for word: it tells this from a server
+without a place left by it, whose status is the same."""
 
 
 class Rejected(Exception):  # noqa: N818 - not an error of ours: it ends a session with a status
@@ -21,6 +25,10 @@ class Rejected(Exception):  # noqa: N818 - not an error of ours: it ends a sessi
 
 class Gate(Protocol):
     """Decides whether a client may have its rows answered."""
+
+    def require_rows_left(self, identity: str, adapter: str) -> None:
+        """Returns if any query might be allowed, raises ``RefusedError`` if none will; called at the beginning."""
+        ...
 
     def reserve_all(self, identity: str, adapter: str, modules: Sequence[str], rows: int) -> None:
         """Returns to allow, raises ``RefusedError`` to refuse; called for every query, before the kernel.
@@ -52,6 +60,9 @@ class Doorkeeper(Protocol):
 class Open:
     """Allows everything: nothing is metered."""
 
+    def require_rows_left(self, identity: str, adapter: str) -> None:
+        """There are always more."""
+
     def reserve_all(self, identity: str, adapter: str, modules: Sequence[str], rows: int) -> None:
         """Allows."""
 
@@ -81,6 +92,16 @@ def identify(keys: Doorkeeper | None, key: str, adapter: str) -> Admitted:
         return keys.admit(key, adapter)
     except KeyRejectedError as error:
         raise Rejected(unauthenticated, str(error), "key") from None
+    except RefusedError as error:
+        raise Rejected(grpc.StatusCode.PERMISSION_DENIED, str(error), "database") from None
+
+
+def require_rows_left(gate: Gate, client: Admitted, adapter: str) -> None:
+    """Raises ``Rejected`` for a client that would be refused every row. To be called once it is known who it is."""
+    try:
+        gate.require_rows_left(client.identity, adapter)
+    except BudgetExceededError:
+        raise Rejected(grpc.StatusCode.RESOURCE_EXHAUSTED, BUDGET_SPENT, "budget") from None
     except RefusedError as error:
         raise Rejected(grpc.StatusCode.PERMISSION_DENIED, str(error), "database") from None
 

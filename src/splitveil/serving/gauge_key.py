@@ -6,11 +6,11 @@ Gaps). The gauge is therefore derived from this key and the weights: other weigh
 """
 
 import os
-import stat
 from os import PathLike
 from pathlib import Path
 
 from splitveil.errors import ConfigurationError
+from splitveil.serving.secret_file import require_own
 
 SIZE = 32
 
@@ -36,8 +36,7 @@ def gauge_key(path: str | PathLike[str] | None = None) -> bytes:
     try:
         if not file.exists():
             _make(file)
-        if stat.S_IMODE(file.stat().st_mode) & 0o077:
-            raise ConfigurationError(f"the gauge key {file} may be read by others; chmod 600 it")
+        require_own(file, "gauge key")
         key = file.read_bytes()
     except OSError as error:
         raise ConfigurationError(

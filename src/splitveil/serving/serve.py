@@ -1,18 +1,24 @@
 """``serve``: adapter folders to a running server."""
 
+import logging
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from functools import partial
 from os import PathLike
 from pathlib import Path
 
 from splitveil.adapters import load_adapter
-from splitveil.errors import SplitveilError
-from splitveil.metering import Database, Keyring, LedgerGate, Site, locate
+from splitveil.errors import ConfigurationError, SplitveilError
+from splitveil.metering import Clock, Database, Keyring, LedgerGate, Site, locate
 from splitveil.serving.address import check_adapter_name
-from splitveil.serving.exposure import sites_of
+from splitveil.serving.exposure import rows_until_learned, sites_of
 from splitveil.serving.gauge_key import gauge_key as read_gauge_key
+from splitveil.serving.heartbeat import Heartbeat
 from splitveil.serving.publishing import ServedAdapter, publish_adapter
 from splitveil.serving.server import DEFAULT_SESSIONS, Server
 from splitveil.serving.tls import ServerTLS
+
+log = logging.getLogger(__name__)
 
 Folders = Mapping[str, str | PathLike[str]]
 
@@ -40,7 +46,8 @@ def serve(
 
     With ``ledger`` (a database's URL) or ``limit`` (rows that a client is ever answered at a layer), clients show an
     API key that ``splitveil keys`` made, and their rows are counted there before they are answered. ``limit`` alone
-    takes the default ledger. Without both, whoever reaches the address is answered, and nothing is counted.
+    takes the default ledger. Without both, whoever reaches the address is answered, and nothing is counted; that is
+    warned of at every start, and so is a limit at which the best attack that is known has learned a layer.
 
     ``tls`` is needed to listen beyond this machine, unless ``allow_plaintext`` says that something else protects the
     way. ``metrics`` ("host:port") serves figures for Prometheus; ``log_identities`` lets the log name clients.
@@ -48,44 +55,57 @@ def serve(
     there is none: without it, hundreds of starts would give away singular values of the weights.
 
     Raises ``AdapterError`` for a folder that cannot be served, ``ConfigurationError`` for an address, a certificate,
-    the noise, the limit, the gauge key or the ledger.
+    the noise, the limit, the gauge key, the ledger, or one adapter under two names where rows are counted.
     """
+    counted = ledger is not None or limit is not None
     for name in adapters:
         check_adapter_name(name)
     gauge = read_gauge_key(gauge_key)
-    published = {
-        name: publish_adapter(load_adapter(Path(folder)), noise=noise, engine=engine, gauge_key=gauge)
-        for name, folder in adapters.items()
-    }
-    if ledger is None and limit is None:
-        return Server(
-            published,
-            listen,
-            sessions=sessions,
-            tls=tls,
-            allow_plaintext=allow_plaintext,
-            metrics=metrics,
-            log_identities=log_identities,
+    published: dict[str, ServedAdapter] = {}
+    for name, folder in adapters.items():
+        loaded = load_adapter(Path(folder))
+        if counted:
+            _require_one_name(published, name, loaded.digest)
+        published[name] = publish_adapter(loaded, noise=noise, engine=engine, gauge_key=gauge)
+    start = partial(
+        Server,
+        published,
+        listen,
+        sessions=sessions,
+        tls=tls,
+        allow_plaintext=allow_plaintext,
+        metrics=metrics,
+        log_identities=log_identities,
+    )
+    if not counted:
+        server = start()
+        log.warning(
+            "neither a ledger nor a limit was given: no client is known, no row is counted, and whoever asks for as "
+            "many as a layer has inputs can rebuild it",
+            extra={"event": "rows_not_counted"},
         )
-    database = Database(locate(ledger))
+        return server
+    served = dict(published)
+    resources = ExitStack()
     try:
+        database = resources.enter_context(Database(locate(ledger)))
         gate = metered(published, database, limit)
-        return Server(
-            published,
-            listen,
-            gate=gate,
-            keys=Keyring(database),
-            sessions=sessions,
-            on_close=database.close,
-            on_replace=lambda name, adapter: gate.declare(name, sites(adapter, limit)),
-            tls=tls,
-            allow_plaintext=allow_plaintext,
-            metrics=metrics,
-            log_identities=log_identities,
-        )
+        clock = Clock(database)
+        resources.enter_context(Heartbeat(clock))
+
+        def replaced(name: str, adapter: ServedAdapter) -> None:
+            _require_one_name(served, name, adapter.source)
+            gate.declare(name, sites(adapter, limit))
+            served[name] = adapter
+
+        keys = Keyring(database, clock=clock)
+        server = start(gate=gate, keys=keys, on_replace=replaced, on_close=resources.close)
     except BaseException:
-        database.close()
+        resources.close()
         raise
+    for name, adapter in published.items():
+        _warn_of_limit(name, adapter, limit)
+    return server
 
 
 def reload(
@@ -126,3 +146,26 @@ def metered(published: Mapping[str, ServedAdapter], database: Database, limit: i
 def sites(adapter: ServedAdapter, limit: int | None) -> Mapping[str, Site]:
     """The layers of an adapter as the ledger knows them, with what the leakage function needs of each."""
     return sites_of(adapter, limit)
+
+
+def _require_one_name(served: Mapping[str, ServedAdapter], name: str, source: str) -> None:
+    """Raises ``ConfigurationError`` if the folder of this digest is served under another name than ``name``."""
+    for other, adapter in served.items():
+        if other != name and source and adapter.source == source:
+            raise ConfigurationError(
+                f"{other!r} and {name!r} are one adapter, and rows are counted by name: every client would have two "
+                "budgets for the same weights; serve it under one name"
+            )
+
+
+def _warn_of_limit(name: str, adapter: ServedAdapter, limit: int | None) -> None:
+    """Warns of a limit within which a client can learn a layer."""
+    if limit is not None and limit >= (rows := rows_until_learned(adapter)):
+        log.warning(
+            "a limit of %d rows does not protect adapter %s: after %d its narrowest layer counts as learned, within "
+            "10 %% by the best attack that is known or asked for as many rows as it has inputs; choose a lower one",
+            limit,
+            name,
+            rows,
+            extra={"event": "limit_too_high"},
+        )

@@ -6,7 +6,16 @@ import grpc
 
 from splitveil.errors import BudgetExceededError, KeyRejectedError, ProtocolError, RefusedError
 from splitveil.serving.conversation import Conversations
-from splitveil.serving.gate import Admitted, Doorkeeper, Gate, Rejected, dismissed, identify, other_version
+from splitveil.serving.gate import (
+    Admitted,
+    Doorkeeper,
+    Gate,
+    Rejected,
+    dismissed,
+    identify,
+    other_version,
+    require_rows_left,
+)
 from splitveil.serving.operations.visits import Visit, Visits
 from splitveil.serving.publishing import ServedAdapter
 from splitveil.serving.uploads import opened
@@ -80,6 +89,7 @@ class Service(Conversations):
         if adapter is None:
             raise Rejected(grpc.StatusCode.NOT_FOUND, "no adapter of that name is served here", "adapter")
         self._check_current(hello.adapter, adapter)
+        require_rows_left(self._gate, client, hello.adapter)
         return client, adapter
 
     def _check_current(self, name: str, adapter: ServedAdapter) -> None:

@@ -14,8 +14,8 @@ class Session:
     """One open session with a server. Safe for several threads: each waits for its own answers.
 
     Raises ``ConnectionFailedError`` where no Splitveil server answers, ``UnknownAdapterError``, ``VersionError``,
-    ``RefusedError`` from a server that has too many sessions open, and ``ProtocolError`` or ``PublicationError`` for a
-    server that breaks the format.
+    ``RefusedError`` from a server that has too many sessions open, ``BudgetExceededError`` from one that would answer
+    this client no row, and ``ProtocolError`` or ``PublicationError`` for a server that breaks the format.
     """
 
     def __init__(

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import grpc
 
 from splitveil.errors import (
+    BudgetExceededError,
     ConnectionFailedError,
     KeyRejectedError,
     ProtocolError,
@@ -28,6 +29,7 @@ from splitveil.errors import (
 )
 from splitveil.serving.diagnosis import diagnose
 from splitveil.serving.ending import SHUTTING_DOWN, close_at_exit, end
+from splitveil.serving.gate import BUDGET_SPENT
 from splitveil.serving.tls import ClientCredentials
 from splitveil.wire import codec
 from splitveil.wire.parsing import GRPC_OPTIONS, printable
@@ -286,6 +288,8 @@ class Stream:
                 return ProtocolError(f"{server} rejected a message: {details}")
             case grpc.StatusCode.RESOURCE_EXHAUSTED if "larger than max" in details or "metadata size" in details:
                 return ProtocolError(f"a message to or from {self._address} is over the limit of its size")
+            case grpc.StatusCode.RESOURCE_EXHAUSTED if details == BUDGET_SPENT:
+                return BudgetExceededError(f"{server} refuses: {details}")
             case grpc.StatusCode.RESOURCE_EXHAUSTED:
                 return RefusedError(f"{server} has too many sessions open; try again later")
             case grpc.StatusCode.UNAVAILABLE if details == SHUTTING_DOWN:

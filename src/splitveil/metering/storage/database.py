@@ -14,7 +14,7 @@ from splitveil.errors import ConfigurationError, RefusedError
 from splitveil.metering.forking import watch
 from splitveil.metering.storage import schema
 from splitveil.metering.storage.engines import IMMEDIATE, postgresql_engine, sqlite_engine
-from splitveil.metering.storage.location import parse
+from splitveil.metering.storage.location import parse, shown
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class Database:
         # SQLite has one writer at a time; threads that queue here do not poll the file for their turn.
         self._writer = threading.Lock() if self.is_sqlite else nullcontext()
         self._errors = (SQLAlchemyError, self._engine.dialect.import_dbapi().Error)
-        self.shown = where.render_as_string(hide_password=True)
+        self.shown = shown(where)
         try:
             self._create()
         except self._errors as error:

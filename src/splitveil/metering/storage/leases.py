@@ -79,6 +79,17 @@ class Leases:
                 connection.execute(insert(leases), rows)
         return True, grants
 
+    def spent(self, identity: str, adapter: str) -> dict[str, int]:
+        """Site → rows leased to one client at an adapter, where there are any."""
+        query = (
+            select(accounts.c.site, func.max(leases.c.spent).label("spent"))
+            .join(leases, leases.c.account == accounts.c.id)
+            .where(accounts.c.identity == identity, accounts.c.adapter == adapter)
+            .group_by(accounts.c.site)
+        )
+        with self.database.read() as connection:
+            return {row.site: row.spent for row in connection.execute(query)}
+
     def totals(self) -> Sequence[Any]:
         """One row an account: identity, adapter, site, rows leased, least width and least noise among its leases."""
         summary = (

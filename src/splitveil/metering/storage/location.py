@@ -10,6 +10,10 @@ from splitveil.errors import ConfigurationError
 
 VARIABLE = "SPLITVEIL_LEDGER"
 _EXAMPLES = "sqlite:///ledger.db or postgresql+psycopg://user@host/database"
+_PASSWORDS = frozenset(
+    ("password", "sslpassword", "conninfo", "oauth_client_secret", "scram_client_key", "scram_server_key")
+)
+"""Of what may follow the ? of a PostgreSQL URL: what is a password, or may contain one. ``passfile`` is a path."""
 
 
 def default_location() -> str:
@@ -34,12 +38,18 @@ def locate(flag: str | None) -> str:
     """
     if flag is None:
         return default_location()
-    if parse(flag).password is not None:
+    url = parse(flag)
+    if url.password is not None or _PASSWORDS.intersection(key.lower() for key in url.query):
         raise ConfigurationError(
             f"--ledger contains a password, which other users of this machine can read there; "
             f"put the URL into {VARIABLE}, or the password into ~/.pgpass"
         )
     return flag
+
+
+def shown(url: URL) -> str:
+    """``url`` without what may be a secret: its password, and all that follows the ?."""
+    return url.set(query={}).render_as_string(hide_password=True)
 
 
 def parse(text: str) -> URL:

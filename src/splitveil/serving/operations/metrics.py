@@ -14,7 +14,10 @@ from prometheus_client.registry import Collector
 
 SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0)
 """Upper ends of the histogram's buckets."""
-REASONS = ("sessions", "shutdown", "version", "key", "adapter", "database", "malformed", "replaced", "silent", "error")
+REASONS = (
+    *("sessions", "shutdown", "version", "key", "adapter", "budget"),
+    *("database", "malformed", "replaced", "silent", "error"),
+)
 KINDS = ("malformed", "budget", "key", "database")
 
 
