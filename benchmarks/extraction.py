@@ -9,9 +9,10 @@ pairs of its training text (../shared/text/medquad, or --shared DIR), which DIR/
 
 import argparse
 import json
+import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,18 @@ from splitveil.embedded import folder
 from splitveil.extraction.calibrate import channel_of
 from splitveil.extraction.chosen import chosen, confirm
 from splitveil.extraction.rows import Row
-from splitveil.extraction.run import Subject, run
+from splitveil.extraction.run import SEEDS, Subject, run
 from splitveil.extraction.target import Target, publish_target
 from splitveil.extraction.worth import Text
 from splitveil.private.leakage import peak_ratio, rows_until
 
 NOISES = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)
 SHARES = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 8.0)
-ATTACKS = ("chosen", "directed", "honest", "known-A")
+TIMES = (1, 2, 3)
+"""Multiples of every width that are among the rows: where the attack on columns takes its steps."""
+ATTACKS = ("chosen", "directed", "honest", "trained-A", "initial-A")
+ASIDE = ("span", "published")
+"""Attacks with tables of their own: they ask for nothing, or for the first r rows."""
 CLONE = 0.95
 """Of the adapter's gain in perplexity: what a clone has to bring back to count as one."""
 ERRORS = (0.1, 0.01, 0.0)
@@ -51,6 +56,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=8192, help="half of them are the attacker's")
     parser.add_argument("--noises", default=",".join(map(str, NOISES)))
+    parser.add_argument("--attacks", default=",".join((*ATTACKS, *ASIDE)))
+    parser.add_argument("--initial", default=SEEDS, help="where initial-A looks: seeds, or a PEFT folder")
     parser.add_argument("--ledger-only", action="store_true", help="compare with the ledger, and no more")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -66,22 +73,30 @@ def main() -> None:
     judged = texts(options)
     (options.out / "held_out.jsonl").write_text("".join(json.dumps({"text": one}) + "\n" for one in judged))
     text = Text.of(tokenizer, judged, tokens=options.tokens, length=256)
-    width = min(module.d_in for module in adapter.modules)
+    widths = sorted({module.d_in for module in adapter.modules})
     rank = max(module.rank for module in adapter.modules)
     mine = text.halves()[0].tokens
-    rows = sorted({rank, *(n for share in SHARES if (n := round(share * width)) <= mine)})
-    subject = Subject(model, adapter, text, options.adapter.name, f"{adapter.digest} {text.windows.sum().item()}")
+    wanted = [round(share * widths[0]) for share in SHARES] + [times * width for times in TIMES for width in widths]
+    rows = sorted({rank, *(n for n in wanted if n <= mine)})
+    digest = f"{adapter.digest} {text.windows.sum().item()}"
+    subject = Subject(model, adapter, text, options.adapter.name, digest, options.initial)
+    attacks = options.attacks.split(",")
     found = run(
         subject,
         rows=rows,
         noises=noises,
         out=options.out,
-        attacks=ATTACKS,
+        attacks=attacks,
         watch=lambda words: print(f"\r{words:60}", end="", file=sys.stderr),
     )
     print(file=sys.stderr)
-    print(f"{options.adapter.name}: d = {width}, r = {rank}, {text.tokens} tokens, half of them judge\n")
-    worth(found, noises)
+    print(f"{options.adapter.name}: d = {_list(widths)}, r = {rank}, {text.tokens} tokens, half of them judge\n")
+    if judged_on_text := [attack for attack in ATTACKS if attack in attacks]:
+        worth(found, noises, judged_on_text)
+    for attack in ASIDE:
+        aside(found, attack)
+    if attacks != [*ATTACKS, *ASIDE]:
+        return
     ledger(adapter, noises, options.out / "agreement.jsonl")
     print(f"{time.process_time() - began:.0f} s of one core")
 
@@ -98,35 +113,78 @@ def texts(options: argparse.Namespace) -> list[str]:
     return [dialogue(question, answer) for question, answer in clinic_pairs(options.shared / "text", held_out=True)]
 
 
-def worth(found: Sequence[Row], noises: Sequence[float]) -> None:
-    """Perplexity lost to the noise, and the fewest rows measured after which each attack has a clone."""
+def worth(found: Sequence[Row], noises: Sequence[float], attacks: Sequence[str]) -> None:
+    """Perplexity lost to the noise, the fewest rows measured after which each attack has a clone, and all clones."""
     value = {(one.attack, one.noise, one.rows, one.metric): one.value for one in found}
     quiet, base = value["adapter", 0.0, 0, "perplexity"], value["base", 0.0, 0, "perplexity"]
     goal = base - CLONE * (base - quiet)
-    measured = sorted({one.rows for one in found if one.attack == "chosen"})
+    measured = sorted({one.rows for one in found if one.attack in attacks})
     print(f"perplexity without the adapter {base:.2f}, with it {quiet:.2f}; measured at {_list(measured)} rows\n")
     heads = ["noise", "perplexity", "of the gain lost", "attack", f"rows to {round(100 * CLONE)} % of the gain"]
     heads += [f"rows to {_error(error)}" for error in ERRORS]
-    print("| " + " | ".join(heads) + " |")
-    print("|" + "---|" * len(heads))
+    _heads(heads)
     for noise in noises:
         here = value["adapter", noise, 0, "perplexity"]
         cells = [f"{100 * noise:g} %", f"{here:.2f}", f"{100 * (here - quiet) / (base - quiet):.2f} %"]
-        for attack in ATTACKS:
+        for attack in attacks:
             rows = [_first(value, attack, noise, "perplexity", goal)]
             rows += [_first(value, attack, noise, "error", error) for error in ERRORS[:-1]]
             # Only this attack is after integers.
             rows.append(_first(value, attack, noise, "exact", 1.0, least=True) if attack == "chosen" else "")
             print("| " + " | ".join([*cells, attack, *rows]) + " |")
             cells = ["", "", ""]
-    print("\nshare of the gain that the clone brings back, by rows\n")
-    print("| noise | attack | " + " | ".join(f"{rows:,}" for rows in measured) + " |")
-    print("|" + "---|" * (len(measured) + 2))
-    for noise in noises:
-        for attack in ATTACKS:
-            shares = [(base - value[attack, noise, rows, "perplexity"]) / (base - quiet) for rows in measured]
-            print(f"| {100 * noise:g} % | {attack} | " + " | ".join(f"{100 * share:.1f} %" for share in shares) + " |")
+
+    def table(words: str, shown: Callable[[str, float, int], str]) -> None:
+        print(f"\n{words}, by rows\n")
+        _heads(["noise", "attack", *(f"{rows:,}" for rows in measured)])
+        for noise in noises:
+            for attack in attacks:
+                cells = [shown(attack, noise, rows) for rows in measured]
+                print("| " + " | ".join([f"{100 * noise:g} %", attack, *cells]) + " |")
+
+    def share(attack: str, noise: float, rows: int) -> str:
+        return _percent((base - value.get((attack, noise, rows, "perplexity"), math.nan)) / (base - quiet), ".1f")
+
+    def error(attack: str, noise: float, rows: int) -> str:
+        exact = value.get((attack, noise, rows, "exact"), 0.0)
+        words = _percent(value.get((attack, noise, rows, "error"), math.nan))
+        return words if not exact else f"{words}, {100 * exact:.0f} % exact"
+
+    table("share of the gain that the clone brings back", share)
+    table("error of ΔW, all layers together, and the share of layers whose integer core is confirmed", error)
+    for one in found:
+        if one.error and one.attack in attacks:
+            print(f"\n{one.attack}, {100 * one.noise:g} %, {one.rows:,} rows: {one.error}")
+    surprises = {(one.noise, one.metric): one.value for one in found if one.metric.startswith("surprise")}
+    if surprises:
+        print("\nsurprise of the best guess at the initial A, and of a wrong one, before anything else is asked\n")
+        _heads(["noise", "the best", "a wrong one"])
+        for noise in sorted({noise for noise, _ in surprises}):
+            best, wrong = surprises[noise, "surprise"], surprises[noise, "surprise of a wrong guess"]
+            print(f"| {100 * noise:g} % | {best:.3f} | {wrong:.3f} |")
     print()
+
+
+def aside(found: Sequence[Row], attack: str) -> None:
+    """What the first rows tell of span(B), or why the published half alone tells nothing."""
+    rows = [one for one in found if one.attack == attack]
+    if not rows:
+        return
+    print(f"{attack}\n")
+    _heads(["noise", "rows", "of span(B) unknown: mean of the layers, least, most" if attack == "span" else "outcome"])
+    for one in rows:
+        between = "" if math.isnan(one.low) else f" ({_percent(one.low)} – {_percent(one.high)})"
+        print(f"| {100 * one.noise:g} % | {one.rows:,} | {one.error or _percent(one.value) + between} |")
+    print()
+
+
+def _heads(heads: Sequence[str]) -> None:
+    print("| " + " | ".join(heads) + " |")
+    print("|" + "---|" * len(heads))
+
+
+def _percent(value: float, digits: str = ".3g") -> str:
+    return "not measured" if math.isnan(value) else f"{100 * value:{digits}} %"
 
 
 def _list(rows: Sequence[int]) -> str:
@@ -146,7 +204,7 @@ def _first(
     rows = sorted(n for a, x, n, m in value if (a, x, m) == (attack, noise, metric))
     sign = -1 if least else 1
     good = [n for n in rows if sign * value[attack, noise, n, metric] <= sign * goal]
-    return f"{good[0]:,}" if good else f"> {rows[-1]:,}"
+    return f"{good[0]:,}" if good else f"> {rows[-1]:,}" if rows else "not measured"
 
 
 def _error(error: float) -> str:

@@ -7,6 +7,7 @@ import torch
 from equivalence.support import random_model, tiny_llama
 from torch import Tensor
 
+from splitveil.attacks.attack import Effort
 from splitveil.attacks.knowledge import Access, Knowledge, Oracle, Protection, Shadow, WhiteBox
 from splitveil.auditing.cloud import UpperBlocks, returned_gradient
 from splitveil.split import Crossing, cut
@@ -14,12 +15,25 @@ from splitveil.split import Crossing, cut
 VOCABULARY = 160
 
 
+# One vector holds a few words of texts like the attacker's own: what ``pooled`` is shown, and how long it learns.
+SHORT: dict[str, int] = {"length": 4, "words": VOCABULARY}
+LONGER = Effort(seconds=120, steps=100)
+
+
 class Target:
     """A random Llama cut after a block, victims with padding on one side, and all that an attacker may know."""
 
     def __init__(
-        self, block: int = 1, *, blocks: int = 2, padding: str = "right", protect: Protection | None = None
+        self,
+        block: int = 1,
+        *,
+        blocks: int = 2,
+        padding: str = "right",
+        protect: Protection | None = None,
+        length: int = 16,
+        words: int = 80,
     ) -> None:
+        """Texts of ``length`` tokens, 384 tokens of victims in all; the attacker's hold the first ``words`` only."""
         shape = tiny_llama(num_hidden_layers=blocks, tie_word_embeddings=True)
         self.model = random_model(shape).requires_grad_(False)
         # As in trained models, the residual stream carries more of a position's own token than of its neighbours.
@@ -27,13 +41,16 @@ class Target:
         self.halves = cut(self.model, block)
         self.protect = protect or (lambda crossing: crossing)
         draw = torch.Generator().manual_seed(5)
-        # Words of a small world: half of the vocabulary, so that the rest is only met at random.
+        # Words of a small world: by default half of the vocabulary, so that the rest is only met at random.
         self.shadow = Shadow(
-            torch.randint(80, (256, 16), generator=draw), torch.randint(80, (32, 16), generator=draw), "drawn"
+            torch.randint(words, (256 * 16 // length, length), generator=draw),
+            torch.randint(words, (32 * 16 // length, length), generator=draw),
+            "drawn",
         )
-        self.victims = torch.randint(VOCABULARY, (24, 16), generator=draw)
-        for i in range(0, 24, 3):
-            self.victims[i, slice(10, None) if padding == "right" else slice(0, 6)] = -1
+        self.victims = torch.randint(VOCABULARY, (24 * 16 // length, length), generator=draw)
+        some = length * 5 // 8
+        for i in range(0, len(self.victims), 3):
+            self.victims[i, slice(some, None) if padding == "right" else slice(0, length - some)] = -1
 
     @cached_property
     def crossing(self) -> Crossing:
@@ -59,6 +76,11 @@ class Target:
             return logits.reshape(*hidden.shape[:-1], -1)
 
         return head
+
+    def noise(self) -> Crossing:
+        """A crossing of the same size that holds nothing of the victims."""
+        states, draw = self.crossing.hidden, torch.Generator().manual_seed(6)
+        return Crossing(torch.randn(states.shape, generator=draw) * states.std(), self.crossing.mask)
 
     def knowledge(self) -> Knowledge:
         return Knowledge(

@@ -26,27 +26,18 @@ class Small:
     text: Text
 
 
-def small(folder: Path, windows: int = 48, length: int = 33) -> Small:
+def small(folder: Path, windows: int = 48, length: int = 33, drift: float = 0.0) -> Small:
+    """``drift``: r.m.s. of what is added to A, whose initial entries have 1/√(3d); 0 leaves A as PEFT drew it."""
     base, copied = random_model(tiny_llama()), random_model(tiny_llama())
     torch.manual_seed(SEED)
     peft = get_peft_model(copied, LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, task_type="CAUSAL_LM"))
-    for _, b in lora_pairs(peft):
+    for a, b in lora_pairs(peft):
         torch.nn.init.normal_(b.weight, std=0.2)
+        if drift:
+            a.weight.data += drift * torch.randn_like(a.weight)
     peft.eval().save_pretrained(folder, save_embedding_layers=False)
     start = torch.randint(2, 160, (windows, 1))
     sampled = peft.generate(
         input_ids=start, attention_mask=torch.ones_like(start), do_sample=True, top_k=0, max_new_tokens=length - 1
     )
     return Small(base, peft, load_adapter(folder), folder, Text(sampled))
-
-
-def initial(seed: int) -> dict[str, torch.Tensor]:
-    """A of every module as PEFT draws it under a seed: module → (r, d_in)."""
-    model = random_model(tiny_llama())
-    torch.manual_seed(seed)
-    peft = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, task_type="CAUSAL_LM"))
-    return {
-        name.removeprefix("base_model.model.").removesuffix(".lora_A.default"): module.weight.detach()
-        for name, module in peft.named_modules()
-        if name.endswith("lora_A.default")
-    }

@@ -205,6 +205,26 @@ def prices() -> dict[str, dict[str, Any]]:
     return found
 
 
+def learning() -> list[dict[str, Any]]:
+    """How some of the attackers learnt: in time, too slowly, without steps, and in a run that kept less."""
+    nothing = dict.fromkeys(("steps", "validation", "halfway", "plateau", "rising"))
+    learnt = {"steps": 1234, "validation": 0.991, "halfway": 0.989, "plateau": True, "rising": False}
+    slow = {"steps": 321, "validation": 0.875, "halfway": 0.814, "plateau": False, "rising": True}
+    found = {
+        ("nearest", 1): nothing,
+        ("mlp", 1): learnt,
+        ("mlp", 6): slow,
+        ("revert", 1): learnt | {"validation": 1.0, "plateau": False},
+        ("revert", 3): learnt | {"halfway": None, "plateau": None},
+        ("revert", 6): slow,
+    }
+    about = {"defence": "none", "seconds": 540.3}
+    queries = {"nearest": 4356, "mlp": 79104, "revert": None}
+    return [
+        {"attack": name, "cut": cut, "queries": queries[name]} | about | facts for (name, cut), facts in found.items()
+    ]
+
+
 def meta(**changes: Any) -> dict[str, Any]:
     """The circumstances of that audit."""
     words = {"lens": "logit lens", "revert": "two stages: a projector into embedding space, then a generative model"}
@@ -236,6 +256,7 @@ def meta(**changes: Any) -> dict[str, Any]:
             "encrypted": "the private layer's encrypted query: each position under a lattice mask of its own",
         },
         "prices": prices(),
+        "learning": learning(),
         "correlation": [
             {
                 "estimator": "bounded reader",
@@ -317,7 +338,7 @@ def poisoned(invalid: Sequence[str] = ()) -> tuple[list[dict[str, Any]], list[di
     for text in items:
         text["spans"] = [{"start": s["start"], "end": s["end"] + 900, "type": MARKUP} for s in text["spans"]]
     about = meta(invalid=list(invalid))
-    special = {"attacks", "correlation", "blocks", "prices"}
+    special = {"attacks", "correlation", "learning", "blocks", "prices"}
     open_ = {k: v for k, v in about.items() if k not in special}
     return (
         poisoned_rows,
@@ -325,7 +346,10 @@ def poisoned(invalid: Sequence[str] = ()) -> tuple[list[dict[str, Any]], list[di
         {k: poison(v) for k, v in open_.items()}
         | {
             "attacks": {k + MARKUP: {f: poison(w) for f, w in v.items()} for k, v in about["attacks"].items()},
-            "correlation": [{k: poison(v) for k, v in c.items()} for c in about["correlation"]],
+            **{
+                part: [{k: poison(v) for k, v in c.items()} for c in about[part]]
+                for part in ("correlation", "learning")
+            },
             "prices": {
                 (name if name == "none" else f"{name}{MARKUP}"): price
                 | {"points": [point | {"reason": MARKUP} for point in price["points"]]}

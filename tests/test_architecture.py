@@ -75,7 +75,7 @@ HOMES = {
         "splitlearning",
     },
     "transformers": {"demo", "cli", "bench", "split", "attacks", "splitlearning"},
-    "peft": {"demo", "bench", "split", "splitlearning"},
+    "peft": {"demo", "bench", "split", "splitlearning", "extraction"},
     "grpc": {"serving"},
     "numba": {"lattice", "private"},
     "seal": {"private"},

@@ -21,6 +21,7 @@ from abuse.support import (
     welcome_of,
 )
 from splitveil.errors import BudgetExceededError, ConnectionFailedError, ProtocolError, SplitveilError
+from splitveil.private.engine import WRONG_LENGTH
 from splitveil.private.layer import public_half
 from splitveil.serving import stream
 from splitveil.serving.publishing import ServedAdapter
@@ -60,9 +61,9 @@ REPLIES: dict[str, tuple[Reply, type[SplitveilError], str]] = {
     "garbage": (lambda a, s: [b"\xff" * 30], ProtocolError, "not of the wire format"),
     "an empty message": (lambda a, s: [b""], ProtocolError, "without a known body"),
     "a huge message": (lambda a, s: [bytes(codec.MAX_MESSAGE + 1)], ProtocolError, "is over the limit of its size"),
-    "no data": (lambda a, s: [codec.Answer(a.seq, b"")], ProtocolError, "16 bytes was expected, got 0"),
-    "a byte too few": (lambda a, s: [codec.Answer(a.seq, a.data[:-1])], ProtocolError, "expected, got 15"),
-    "a byte too many": (lambda a, s: [codec.Answer(a.seq, a.data + b"x")], ProtocolError, "expected, got 17"),
+    "no data": (lambda a, s: [codec.Answer(a.seq, b"")], ProtocolError, f"^{WRONG_LENGTH}$"),
+    "a byte too few": (lambda a, s: [codec.Answer(a.seq, a.data[:-1])], ProtocolError, f"^{WRONG_LENGTH}$"),
+    "a byte too many": (lambda a, s: [codec.Answer(a.seq, a.data + b"x")], ProtocolError, f"^{WRONG_LENGTH}$"),
     "an aborted session": (
         lambda a, s: [(grpc.StatusCode.INTERNAL, "a\x1b[31m traceback")],
         ConnectionFailedError,

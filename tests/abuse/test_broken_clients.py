@@ -26,7 +26,7 @@ ENDED = {
     "nothing": ([b""], INVALID, "without a known body"),
     "truncated hello": ([HELLO[:-1]], INVALID, "not of the wire format"),
     "a field from the future": ([b"\x7a\x01\x00"], INVALID, "without a known body"),
-    "a server's message": ([codec.encode_server(codec.Answer(1, b"x" * 40))], INVALID, ""),
+    "a server's message": ([codec.encode_server(codec.Answer(1, b"x" * 40))], INVALID, "begins with Hello"),
     "a name that is not UTF-8": ([b"\x0a\x04\x12\x02\xff\xfe"], INVALID, "not of the wire format"),
     "a long name": ([hello(adapter="n" * 129)], INVALID, "129 is over the limit of 128"),
     "a long digest": ([hello(have_digest=bytes(33))], INVALID, "33 is over the limit of 32"),

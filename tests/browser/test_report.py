@@ -1,13 +1,20 @@
 """The report in a real browser: legible at both widths, silent, and alone."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import report_example as example
+from auditing_support import SHADOW, tiny_model, tiny_tokenizer
 
 from browser.chromium import EXECUTABLE, Browser, browser
+from splitveil.attacks.catalogue import create
+from splitveil.attacks.search import Search
+from splitveil.auditing.audit import audit
+from splitveil.auditing.data import Span, Text
+from splitveil.auditing.meta import Names
 from splitveil.report import write_report
 from splitveil.report.page import POLICY
 
@@ -60,6 +67,34 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_report(example.rows(), example.texts(), example.meta(), tmp_path_factory.mktemp("report"))
 
 
+@pytest.fixture(scope="module")
+def audited(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of a real audit, small as it is: two cuts, three defences, attackers that know more and less."""
+    names = ("Ann", "Bo", "Cy", "Dee", "Eve")
+    texts = [
+        Text(f"Nurse {name} of room {room} calls for help", (Span(6, 6 + len(name), "PERSON"),))
+        for room in range(10, 16)
+        for name in names
+    ]
+    measured = audit(
+        tiny_model(), tiny_tokenizer(), texts, SHADOW, (1, 2), ("lens", "nearest", "mlp", "search"),
+        ("none", "int8", "encrypted"), tokens=14, windows=40, steps=8,
+        # Under encryption no candidate is the right one: eight show that as well as all of them.
+        create_attack=lambda name: Search(patience=8) if name == "search" else create(name),
+        names=Names("tiny", "notes of a hospital's night shift", "splitveil audit --model tiny --cut 1,2"),
+    )  # fmt: skip
+    assert measured.valid
+    assert not measured.summary()["failed"]
+    return measured.to_html(tmp_path_factory.mktemp("audited"))
+
+
+@pytest.fixture(params=["report", "audited"])
+def either(request: pytest.FixtureRequest) -> Path:
+    """The example, which has something of everything, and what an audit writes."""
+    found: Path = request.getfixturevalue(request.param)
+    return found
+
+
 def without_policy(page: Path) -> Path:
     """A copy whose browser would run scripts and fetch things: what escaping alone is worth."""
     text = page.read_text()
@@ -72,8 +107,8 @@ def without_policy(page: Path) -> Path:
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", WIDTHS)
-def test_it_fits_is_silent_and_asks_for_nothing(chromium: Browser, report: Path, width: int, dark: bool) -> None:
-    for page in (report, *([] if dark else [without_policy(report)])):
+def test_it_fits_is_silent_and_asks_for_nothing(chromium: Browser, either: Path, width: int, dark: bool) -> None:
+    for page in (either, *([] if dark else [without_policy(either)])):
         chromium.open(page, width, dark=dark)
         assert chromium.value("innerWidth") == width
         assert chromium.value("document.documentElement.scrollWidth") <= width
@@ -83,8 +118,8 @@ def test_it_fits_is_silent_and_asks_for_nothing(chromium: Browser, report: Path,
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_text_is_legible(chromium: Browser, report: Path, dark: bool) -> None:
-    chromium.open(report, 390, dark=dark)
+def test_text_is_legible(chromium: Browser, either: Path, dark: bool) -> None:
+    chromium.open(either, 390, dark=dark)
     chromium.value("document.querySelectorAll('details').forEach(e => e.open = true)")
     assert chromium.value(PALE) == []
     body = chromium.value("getComputedStyle(document.body).backgroundColor")
@@ -120,12 +155,15 @@ def test_names_of_defences_cover_nothing(chromium: Browser, tmp_path: Path, widt
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_verdict_and_controls_are_on_the_first_screen(chromium: Browser, report: Path, width: int) -> None:
+def test_verdict_and_controls_are_on_the_first_screen(chromium: Browser, either: Path, width: int) -> None:
     height = 844 if width == 390 else 800
-    chromium.open(report, width, height)
+    chromium.open(either, width, height)
     for selector in (".checked", "#verdict", ".lead", ".answers dt", *([".answers", "#controls"] * (width > 600))):
         bottom = chromium.value(f"document.querySelector('{selector}').getBoundingClientRect().bottom")
         assert 0 < bottom <= height, selector
+    # Not all answers fit on a small screen: the sentences above them say where, to whom, and what to do.
+    lead = chromium.value("document.querySelector('.lead').textContent")
+    assert re.fullmatch(r"After block 1, 100\s% of the tokens of .+ are recovered by anyone .+ \(\w+\)\. Send .+", lead)
 
 
 def test_an_invalid_report_says_so_before_anything_else(chromium: Browser, tmp_path: Path) -> None:
@@ -166,8 +204,8 @@ def test_the_checks_of_this_file_can_fail(chromium: Browser, report: Path) -> No
     assert chromium.value("document.title") == "Inversion audit of stories3M"  # the policy is a second wall
 
 
-def test_it_prints_whole(chromium: Browser, report: Path) -> None:
-    chromium.open(report, 794)  # the width of A4
+def test_it_prints_whole(chromium: Browser, either: Path) -> None:
+    chromium.open(either, 794)  # the width of A4
     chromium("Emulation.setEmulatedMedia", media="print")
     assert chromium.value("getComputedStyle(document.querySelector('nav')).display") == "none"
     assert chromium.value("document.documentElement.scrollWidth") <= 794

@@ -1,21 +1,48 @@
 """The command line as people meet it: help, one-line errors, exit statuses, JSON."""
 
+import contextlib
 import json
+import shutil
+import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 import safetensors.numpy
+from click.testing import CliRunner
 
-COMMANDS = ("demo", "serve", "generate", "chat", "inspect", "bench")
+from splitveil import cli, serve
+from splitveil.embedded import folder
 
 
 def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "splitveil", *arguments], input=stdin, capture_output=True, text=True, timeout=120
     )
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> "Here":
+    """The same without the seconds that a process takes to begin; a traceback is an exception in the test."""
+    monkeypatch.setenv("SPLITVEIL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("splitveil.serving.operations.logs.configure", lambda **_: None)  # the log is the tests'
+    return Here(monkeypatch, capfd)
+
+
+class Here:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+        self._monkeypatch, self._capfd = monkeypatch, capfd
+
+    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        self._monkeypatch.setattr(sys, "argv", ["splitveil", *arguments])
+        self._capfd.readouterr()
+        status = cli._run()
+        return subprocess.CompletedProcess(arguments, status, *self._capfd.readouterr())
 
 
 def one_line_error(done: subprocess.CompletedProcess[str], *parts: str) -> None:
@@ -43,12 +70,34 @@ def adapter(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)], ids=str)
-def test_help_says_something(command: tuple[str, ...]) -> None:
-    done = run(*command, "--help")
-    assert done.returncode == 0
-    assert "Usage: " in done.stdout
-    assert len(done.stdout.splitlines()) > 8
+def commands(command: click.Command, *path: str) -> Iterator[tuple[str, ...]]:
+    """The words that lead to every command and group."""
+    yield path
+    if isinstance(command, click.Group):
+        for name in command.list_commands(click.Context(command)):
+            inner = command.get_command(click.Context(command), name)
+            assert inner is not None
+            yield from commands(inner, *path, name)
+
+
+def found(path: tuple[str, ...]) -> click.Command:
+    command: click.Command = cli.cli
+    for name in path:
+        assert isinstance(command, click.Group)
+        inner = command.get_command(click.Context(command), name)
+        assert inner is not None
+        command = inner
+    return command
+
+
+@pytest.mark.parametrize("path", commands(cli.cli), ids=" ".join)
+def test_help_says_something(path: tuple[str, ...]) -> None:
+    done = CliRunner().invoke(cli.cli, [*path, "--help"])
+    assert done.exit_code == 0
+    assert "Usage: " in done.output
+    assert len(done.output.splitlines()) > 8
+    options = [one for one in found(path).params if isinstance(one, click.Option)]
+    assert not [one.opts for one in options if not one.help]
 
 
 def test_version() -> None:
@@ -107,6 +156,16 @@ def test_serve_refuses(adapter: Path) -> None:
     one_line_error(run("serve", "--adapter", f"a={adapter}", "--adapter", f"a={adapter}"), "two adapters")
 
 
+def test_serve_refuses_weights_that_are_missing_or_nan(adapter: Path, here: Here) -> None:
+    weights = adapter / "adapter_model.safetensors"
+    tensors = safetensors.numpy.load_file(weights)
+    weights.unlink()
+    one_line_error(here.run("serve", "--adapter", f"a={adapter}"), str(adapter), "adapter_model.safetensors is missing")
+    next(iter(tensors.values()))[0, 0] = np.nan
+    safetensors.numpy.save_file(tensors, weights)
+    one_line_error(here.run("serve", "--adapter", f"a={adapter}"), str(adapter), "NaN")
+
+
 def test_generate_refuses(tmp_path: Path) -> None:
     where = ("--server", "127.0.0.1:1", "--adapter", "clinic")
     one_line_error(run("generate", "--base", str(tmp_path), *where, "--prompt", "hello"), "config.json")
@@ -114,6 +173,81 @@ def test_generate_refuses(tmp_path: Path) -> None:
     one_line_error(run("generate", "--base", str(tmp_path), *where, "--prompt", "hello"), "cannot be loaded")
     one_line_error(run("generate", "--base", str(tmp_path), *where, "--prompt", " "), "empty")
     one_line_error(run("generate", "--base", "embedded:other", *where, "--prompt", "hello"), "embedded")
+
+
+def truncated(base: Path) -> None:
+    weights = base / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+
+
+def reconfigured(base: Path, name: str, value: object) -> None:
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, name: value}))
+
+
+BASES = {
+    "truncated weights": (truncated, "cannot be loaded as a causal language model: Error while deserializing header"),
+    "weights of another shape": (lambda b: reconfigured(b, "vocab_size", 4097), "such as model.embed_tokens.weight;"),
+    "a block that has no weights": (lambda b: reconfigured(b, "num_hidden_layers", 7), "9 are missing"),
+    "a size that is text": (lambda b: reconfigured(b, "hidden_size", "256"), "'hidden_size' expected int"),
+}
+
+
+@pytest.mark.parametrize("case", BASES)
+def test_generate_refuses_a_damaged_base(case: str, here: Here, tmp_path: Path) -> None:
+    damage, part = BASES[case]
+    base = tmp_path / "base"
+    shutil.copytree(folder("base"), base)
+    damage(base)
+    done = here.run("generate", "--base", str(base), "--server", "127.0.0.1:1", "--adapter", "a", "--prompt", "hello")
+    one_line_error(done, str(base), part)
+
+
+def test_generate_refuses_an_adapter_for_another_base(adapter: Path, here: Here, tmp_path: Path) -> None:
+    with serve({"a": adapter}, "127.0.0.1:0", gauge_key=tmp_path / "gauge.key") as server:
+        done = here.run(
+            "generate", "--base", "embedded:base", "--server", server.address, "--adapter", "a", "--prompt", "hello"
+        )
+    one_line_error(done, "maps 256 to 256 features, the adapter 64 to 32", "for another base model")
+
+
+@contextlib.contextmanager
+def something_else(says: bytes) -> Iterator[str]:
+    """A TCP server that says one thing to everybody and hangs up; yields its address."""
+    listening = socket.create_server(("127.0.0.1", 0))
+
+    def answer() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = listening.accept()
+                with client, contextlib.suppress(OSError):
+                    client.sendall(says)
+                    client.recv(4096)
+
+    thread = threading.Thread(target=answer, daemon=True)
+    thread.start()
+    try:
+        yield f"127.0.0.1:{listening.getsockname()[1]}"
+    finally:
+        listening.shutdown(socket.SHUT_RDWR)
+        listening.close()
+        thread.join(timeout=10)
+
+
+OTHERS = {
+    "a web server": b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n",
+    "a shell": b"SSH-2.0-OpenSSH_9.6\r\n",
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_generate_refuses_a_port_where_something_else_answers(case: str, here: Here) -> None:
+    with something_else(OTHERS[case]) as address:
+        done = here.run(
+            "generate", "--base", "embedded:base", "--server", address, "--adapter", "a", "--prompt", "hello"
+        )
+    one_line_error(done, address, "Splitveil server")
 
 
 def test_what_a_terminal_would_obey_is_not_shown_there() -> None:

@@ -140,7 +140,10 @@ def test_the_demo(tmp_path: Path) -> None:
     assert d["private"]["tokens"] != d["base"]["tokens"], "the adapter changes nothing: the equality proves nothing"
     assert min(d["seen"]["bytes_p"], d["seen"]["pairs_p"]) >= 1e-6, "the server could tell the queries from noise"
     assert min(d["plain"]["bytes_p"], d["plain"]["pairs_p"]) < 1e-6, "the test could not tell plain activations either"
-    assert d["rows_used"] == d["prompt_tokens"] + len(d["private"]["tokens"]) - 1
+    rows = d["prompt_tokens"] + len(d["private"]["tokens"]) - 1
+    assert d["rows_used"] == rows
+    # Two tokens to learn which modules share a tensor, the conversation, and four times more to time it.
+    assert d["rows_in_all"] == d["prompt_tokens"] + 1 + 5 * rows
     assert d["bytes_sent_per_token"] >= d["queries_per_token"] * 4 * (d["width"] + 1024)
     leak = d["plain_split"]
     assert d["question"] in leak["recovered"]
@@ -153,5 +156,13 @@ def test_the_demo_fits_on_a_screen(tmp_path: Path) -> None:
     done = splitveil("demo", "--max-new-tokens", "16", "--out", str(tmp_path / "report"), cache=tmp_path)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) <= 55
-    for words in ("the server saw", "unencrypted", "never left", "rows used", "identical", "Without encryption"):
+    for words in (
+        "the server saw",
+        "unencrypted",
+        "never left",
+        "rows used",
+        "this conversation",
+        "identical",
+        "Without encryption",
+    ):
         assert words in done.stdout

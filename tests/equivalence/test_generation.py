@@ -153,11 +153,16 @@ WAYS = [
 ]
 
 
+passed_over: list[int] = []
+"""Triples of prompts passed over, by each way that has been looked at."""
+
+
 @pytest.fixture(scope="module", params=WAYS)
 def stable_way(request: pytest.FixtureRequest, served: Served) -> tuple[Run, Tensor, int]:
     """A way to generate, its plaintext tokens, and how many triples of prompts were passed over.
 
-    Taken are the first prompts with which plaintext is not on an edge, and half of its tokens are not the base's.
+    Taken are the first prompts with which plaintext is not on an edge, and half of its tokens are not the base's. At
+    most a quarter of all triples is passed over, or two while they are few: more would be choosing by the result.
     """
     case = served.case
     for attempt in range(20):
@@ -165,6 +170,8 @@ def stable_way(request: pytest.FixtureRequest, served: Served) -> tuple[Run, Ten
         want, base = run(case.peft), run(case.base)
         matters = want.shape != base.shape or (want != base)[..., -NEW_TOKENS:].float().mean() >= 0.5
         if matters and is_stable(case.peft, run):
+            passed_over.append(attempt)
+            assert sum(passed_over) <= max(2, (sum(passed_over) + len(passed_over)) / 4), passed_over
             return run, want, attempt
     pytest.fail("no prompts of 20 triples for which plaintext PEFT's own tokens withstand the noise")
 
@@ -255,9 +262,9 @@ def test_bfloat16_logits_are_pefts(rounded: Served, engine: str, record_property
         for _ in range(2):
             verdict = case.judge(logits(model, case.sequences))
             report(record_property, "bfloat16", verdict)
-            # Logits in bfloat16 are coarse, so that the best two are often equal or neighbours: many positions are
-            # exempt. The limit is on other tokens, exempt or not.
-            verdict.check(limit=1.0)
+            # bfloat16 makes whole steps of the smallest noise, so that the tolerance is ten steps of 1/64, and the best
+            # two logits are closer than that at 32 % of the positions. Other tokens are limited there too.
+            verdict.check(limit=0.4)
             assert verdict.different <= RANDOM_LIMIT * verdict.positions
 
 

@@ -68,11 +68,11 @@ def changed(field: dataclasses.Field) -> list[object]:
     return [value for value in plain if type(value) is not type(default) or value != default]
 
 
-@pytest.mark.parametrize("field", dataclasses.fields(LoraConfig), ids=lambda field: field.name)
-def test_every_field_of_peft_is_supported_or_refused_by_name_when_changed(field):
-    if field.name in SUPPORTED:
-        assert field.name not in NEUTRAL
-        return
+FIELDS = dataclasses.fields(LoraConfig)
+
+
+@pytest.mark.parametrize("field", [f for f in FIELDS if f.name not in SUPPORTED], ids=lambda field: field.name)
+def test_every_field_of_peft_that_is_not_supported_is_refused_by_name_when_changed(field):
     refused = 0
     for value in changed(field):
         if any(type(value) is type(neutral) and value == neutral for neutral in NEUTRAL.get(field.name, ((), ""))[0]):
@@ -84,13 +84,30 @@ def test_every_field_of_peft_is_supported_or_refused_by_name_when_changed(field)
     assert refused >= 9
 
 
+@pytest.mark.parametrize("field", [f for f in FIELDS if f.name in SUPPORTED], ids=lambda field: field.name)
+def test_every_supported_field_is_checked(field):
+    """Whatever stands in it, it is accepted or refused by its name; and something is refused in each."""
+    refusals = []
+    for value in changed(field):
+        try:
+            parse(saved(**{field.name: value}))
+        except AdapterError as error:
+            refusals.append(str(error))
+    assert len(refusals) >= 4
+    assert all(field.name in refusal for refusal in refusals)
+
+
+def test_no_field_is_both_supported_and_unused():
+    assert not SUPPORTED & NEUTRAL.keys()
+
+
 def test_only_fields_that_peft_has_or_had_are_listed():
-    fields = {field.name for field in dataclasses.fields(LoraConfig)}
+    fields = {field.name for field in FIELDS}
     assert fields >= SUPPORTED
     assert NEUTRAL.keys() - fields == {"enable_lora", "merge_weights"}
 
 
-@pytest.mark.parametrize("name", [name for name in NEUTRAL if name in {f.name for f in dataclasses.fields(LoraConfig)}])
+@pytest.mark.parametrize("name", [name for name in NEUTRAL if name in {f.name for f in FIELDS}])
 def test_the_first_neutral_value_is_the_default_of_peft(name):
     default = "absent" if name == "runtime_config" else saved()[name]
     assert default == "absent" or NEUTRAL[name][0][0] == default
@@ -202,6 +219,7 @@ MALFORMED = [
     ("lora_alpha", float("nan")),
     ("lora_alpha", float("inf")),
     ("lora_alpha", 10**400),
+    ("lora_alpha", 0),
     ("use_rslora", 1),
     ("use_rslora", None),
     ("fan_in_fan_out", "true"),
@@ -225,6 +243,8 @@ MALFORMED = [
     ("layers_to_transform", "0"),
     ("layers_to_transform", [True]),
     ("layers_to_transform", [0.0]),
+    ("layers_to_transform", -1),
+    ("layers_to_transform", [0, -1]),
     ("layers_pattern", "layers"),
     ("base_model_name_or_path", 3),
     ("base_model_name_or_path", "gpt2\x1b[2J"),
@@ -243,6 +263,11 @@ def test_a_malformed_field_is_refused_by_name(name, value):
         parse(saved(**{name: value}))
     assert not isinstance(error.value, UnsupportedAdapterError)
     one_line(error)
+
+
+def test_an_alpha_that_takes_away_is_served_as_asked():
+    assert parse(saved(lora_alpha=-16)).scale("q_proj") == -2.0
+    assert parse(saved(lora_alpha=0, alpha_pattern={"q_proj": 4})).scale("q_proj") == 0.5
 
 
 @pytest.mark.parametrize("fields", [{"layers_to_transform": [0]}, {"layers_to_transform": 0, "layers_pattern": "h"}])

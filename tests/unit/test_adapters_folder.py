@@ -17,7 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from splitveil.adapters import Adapter, LoraModule, load_adapter
+from splitveil.adapters import Adapter, load_adapter
 from splitveil.adapters.folder import CONFIG_FILE, MAX_CONFIG_BYTES, MAX_WEIGHTS_BYTES, WEIGHTS_FILE
 from splitveil.errors import AdapterError, UnsupportedAdapterError
 
@@ -228,10 +228,6 @@ def test_the_digest_changes_with_either_file(tmp_path):
 
 def test_a_path_may_be_a_string(tmp_path):
     assert load_adapter(str(write(tmp_path))).path == tmp_path
-
-
-def test_exported_names():
-    assert {LoraModule.__name__, Adapter.__name__, load_adapter.__name__} == {"LoraModule", "Adapter", "load_adapter"}
 
 
 def test_neither_torch_nor_peft_is_imported():

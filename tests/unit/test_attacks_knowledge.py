@@ -9,7 +9,7 @@ from attack_support import Target
 from splitveil.attacks import catalogue
 from splitveil.attacks.attack import Effort, silent
 from splitveil.attacks.knowledge import Access
-from splitveil.errors import ConfigurationError, UndeclaredKnowledgeError
+from splitveil.errors import ConfigurationError, NonFiniteError, UndeclaredKnowledgeError
 
 PROPERTIES = {
     Access.QUERIES: "oracle",
@@ -48,6 +48,19 @@ def test_only_the_control_is_told_the_prompts() -> None:
 
 
 @pytest.mark.parametrize("name", catalogue.names())
+def test_an_attack_holds_what_it_declares_and_nothing_else(target: Target, name: str) -> None:
+    """Not even under the names that Python calls private."""
+    needs = catalogue.create(name).needs
+    known = target.knowledge().restricted(needs)
+    for access, public in PROPERTIES.items():
+        assert (getattr(known, f"_{public}") is not None) is (access in needs)
+        if access not in needs:
+            with pytest.raises(UndeclaredKnowledgeError, match=access.value):
+                getattr(known, public)
+    assert (known._truth is None) is (name != "oracle")
+
+
+@pytest.mark.parametrize("name", catalogue.names())
 def test_every_attack_declares_itself_and_sees_a_crossing_only(name: str) -> None:
     attack = catalogue.create(name)
     assert attack.name == name
@@ -73,6 +86,17 @@ def test_the_oracle_counts(target: Target) -> None:
     oracle(torch.zeros(2, 5, dtype=torch.long), torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]]))
     assert oracle.sequences == 5
     assert oracle.tokens == target.shadow.train[:3].numel() + 8
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_a_state_that_is_no_number_is_no_answer(wrong: float) -> None:
+    broken = Target(
+        protect=lambda crossing: crossing.with_hidden(crossing.hidden.index_fill(1, torch.tensor(5), wrong))
+    )
+    oracle, texts = broken.knowledge().oracle, broken.shadow.train[:3]
+    with pytest.raises(NonFiniteError, match="NaN or infinite"):
+        oracle(texts)
+    oracle(texts, (torch.arange(16) < 5).long().expand(3, -1))  # what is there without a text is nobody's
 
 
 def test_an_unknown_attack_is_refused_with_the_names() -> None:

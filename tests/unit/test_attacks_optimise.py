@@ -1,7 +1,5 @@
 """Gradient descent on soft embeddings."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from equivalence.support import random_model, random_prompts, tiny_llama
@@ -10,8 +8,9 @@ from transformers import Gemma2Config, GPT2Config, PretrainedConfig, PreTrainedM
 
 from splitveil.attacks.attack import Effort, silent
 from splitveil.attacks.knowledge import Access, Knowledge, WhiteBox
-from splitveil.attacks.optimise import Optimise
-from splitveil.errors import ConfigurationError
+from splitveil.attacks.optimise import Optimise, Prior, whole_model
+from splitveil.auditing.cloud import Head, UpperBlocks
+from splitveil.errors import ConfigurationError, UndeclaredKnowledgeError
 from splitveil.split import Crossing, cut
 
 FAMILIES: dict[str, PretrainedConfig] = {
@@ -31,8 +30,15 @@ FAMILIES: dict[str, PretrainedConfig] = {
 
 
 def known(model: PreTrainedModel, block: int) -> Knowledge:
-    white_box = WhiteBox(cut(model, block).device, lambda crossing: crossing)
-    return Knowledge(model.config.vocab_size, 64, frozenset({Access.WEIGHTS}), _white_box=white_box)
+    split = cut(model, block)
+    return Knowledge(
+        model.config.vocab_size,
+        64,
+        Optimise.needs,
+        _white_box=WhiteBox(split.device, lambda crossing: crossing),
+        _head=Head(model, split),
+        _cloud=UpperBlocks(model, block),
+    )
 
 
 def ready(knowledge: Knowledge, attack: Optimise) -> Optimise:
@@ -87,16 +93,38 @@ def test_a_prior_decides_where_descent_has_not() -> None:
     tokens = torch.arange(10, 18)[None]
     crossing = crossed(knowledge, tokens)
 
-    def counts_up(prefix: Tensor) -> Tensor:
+    def silence(prefix: Tensor, mask: Tensor) -> Tensor:
+        return torch.zeros(len(prefix), 160)
+
+    def counts_up(prefix: Tensor, mask: Tensor) -> Tensor:
         following = torch.full((len(prefix), 160), -100.0)
         return following.scatter(1, prefix[:, -1:] + 1, 0.0)
 
-    def right(prior: Callable[[Tensor], Tensor] | None) -> float:
+    def right(prior: Prior) -> float:
         guess = ready(knowledge, Optimise(rounds=1, steps=12, prior=prior)).recover(crossing, silent).tokens
         return (guess[:, 1:] == guess[:, :1] + torch.arange(1, 8)).float().mean().item()
 
-    assert right(None) < 0.9
+    assert right(silence) < 0.9
     assert right(counts_up) == 1.0
+
+
+@pytest.mark.parametrize("block", [0, 1, 2])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_prior_of_an_audit_is_the_whole_model(family: str, block: int) -> None:
+    model = random_model(FAMILIES[family])
+    tokens = random_prompts(model, 3, 6)
+    mask = torch.ones_like(tokens)
+    mask[1, :3] = 0
+    found = whole_model(known(model, block))(tokens, mask)
+    for row, text, present in zip(found, tokens, mask.bool(), strict=True):
+        with torch.no_grad():
+            assert torch.allclose(row, model(text[None, present]).logits[0, -1].log_softmax(-1), atol=1e-5)
+
+
+def test_an_attacker_without_the_cloud_half_has_no_prior() -> None:
+    knowledge = known(random_model(tiny_llama()), 1)
+    with pytest.raises(UndeclaredKnowledgeError, match="the cloud half"):
+        Optimise().fit(knowledge.restricted(Optimise.needs - {Access.CLOUD}), Effort(), silent)
 
 
 def test_more_steps_bring_it_nearer() -> None:

@@ -21,8 +21,9 @@ from auditing_support import (
     tiny_model,
     tiny_tokenizer,
 )
+from safetensors.torch import load_file, save_file
 
-from splitveil.attacks.catalogue import CONTROLS
+from splitveil.attacks.catalogue import CONTROLS, create
 from splitveil.attacks.knowledge import Access, Shadow
 from splitveil.auditing.audit import audit
 from splitveil.auditing.data import Span, Text
@@ -143,6 +144,35 @@ def test_what_was_learnt_is_kept(tmp_path: Path, fits: Any) -> None:
     assert sum("delete it" in str(row.error) for row in broken.scores) == 1
 
 
+def test_how_attackers_learnt_is_told_also_when_nothing_is_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("splitveil.attacks.learning.FIRST_CHECK", 8)
+    asked: dict[str, Any] = {
+        "cuts": (1,),
+        "attacks": ("fake", "nearest", "mlp"),
+        "steps": 20,
+        "create_attack": lambda name: create_attack(name) if name in ATTACKS else create(name),
+    }
+    first = run(tmp_path, **asked).meta["learning"]
+    nearest, mlp = first
+    assert (nearest["attack"], nearest["cut"], nearest["defence"], nearest["steps"]) == ("nearest", 1, "none", None)
+    assert nearest["queries"] == -(-16 * 257 // 48)  # every vocabulary entry sixteen times, in texts of 48
+    assert mlp["steps"] == 20
+    assert mlp["queries"] == 20 * 64 + 64 + 4  # the steps', one to measure the states by, and validation
+    assert 0 <= mlp["halfway"] <= mlp["validation"] <= 1
+    assert mlp["plateau"] is False
+    assert json.loads(json.dumps(first)) == first
+    assert run(tmp_path, **asked).meta["learning"] == first
+    path = next(p for p in tmp_path.glob("fitted/*.safetensors") if "curve" in load_file(p))
+    kept = load_file(path)
+    save_file(kept, path, {"seconds": "1.5", "attack": "mlp"})  # as before these facts were kept
+    old = run(tmp_path, **asked).meta["learning"][1]
+    assert old == mlp | {"seconds": 1.5, "queries": None, "plateau": None, "rising": old["rising"]}
+    path.write_bytes(b"broken")
+    assert [one["attack"] for one in run(tmp_path, **asked).meta["learning"]] == ["nearest"]
+
+
 def test_the_report_covers_earlier_runs_of_the_same_audit_only(tmp_path: Path) -> None:
     run(tmp_path, cuts=(0,))
     assert {row.cut for row in run(tmp_path, cuts=(2,)).rows} == {0, 2}
@@ -156,6 +186,8 @@ def test_the_report_covers_earlier_runs_of_the_same_audit_only(tmp_path: Path) -
     [
         {"seed": 1},
         {"budget": 1.0},
+        {"steps": 5},
+        {"plateau": False},
         {"tokens": 11},
         {"texts": VICTIMS[:2]},
         {"shadow": SHADOW[:20]},
@@ -212,6 +244,24 @@ def test_a_defence_that_fails_is_an_error_row_of_every_attack() -> None:
         assert "too wide" in str(score(report, name, 0, "failing").error)
     assert not report.valid
     assert report.meta["invalid"] == ["cut 0, defence failing: the control 'oracle' was not measured"]
+
+
+def test_a_model_that_computes_nan_has_error_rows_and_no_low_scores() -> None:
+    broken = tiny_model()
+    with torch.no_grad():
+        broken.model.layers[0].mlp.down_proj.weight[0, 0] = math.nan
+    attacks = ("fake", "lens", "nearest", "ridge")
+    report = audit(
+        broken, TOKENIZER, VICTIMS, SHADOW, (0, 1), attacks, tokens=12, windows=20, create_defence=create_defence,
+        create_attack=lambda name: create_attack(name) if name in ATTACKS else create(name),
+    )  # fmt: skip
+    for name in (*CONTROLS, *attacks):
+        row = score(report, name, 1)
+        assert math.isnan(row.value)
+        assert str(row.error).startswith("NonFiniteError: a hidden state")
+    assert not report.valid
+    assert score(report, "fake", 0).value == 1.0  # before that block, all is well
+    assert report.meta["prices"]["none"]["points"][1]["reason"].startswith("NonFiniteError")
 
 
 def test_a_defect_in_an_attack_is_not_a_result(tmp_path: Path) -> None:

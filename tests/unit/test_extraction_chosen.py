@@ -169,7 +169,7 @@ def test_three_columns_share_a_row_where_there_is_almost_no_noise() -> None:
     assert max(len(scheme.multipliers) for scheme in schemes(real) if scheme.packed) == 2
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.01, 0.1, 0.3])
+@pytest.mark.parametrize("noise", [0.0, 0.01, 0.03, 0.1, 0.3, 1.0])
 @pytest.mark.parametrize("error", [0.1, 0.01, 0.0])
 def test_the_ledgers_leakage_function_agrees_within_20_percent(noise: float, error: float) -> None:
     attacked = Attacked(noise)

@@ -1,20 +1,25 @@
 """Lattice reduction on the published half: it breaks what it should, and not the real thing."""
 
 import math
+import re
 import sys
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from numpy.typing import NDArray
 
+from splitveil.cli import cli
 from splitveil.errors import ConfigurationError
-from splitveil.extraction.hardness import SETS, lines, problems, verdict
+from splitveil.extraction import reductions
+from splitveil.extraction.hardness import Line, lines, problems, verdicts
 from splitveil.extraction.hint import Reduced, System, attack_layer, columns, system
 from splitveil.lattice import sampling
 from splitveil.lattice.hardness import LweInstance, estimate
-from splitveil.lattice.parameters import DEFAULT, INSECURE_TEST, REQUIRED_BITS, Q
+from splitveil.lattice.parameters import DEFAULT, INSECURE_TEST, REQUIRED_BITS, Q, parameter_sets
 from splitveil.lattice.randomness import public_element
 from splitveil.lattice.ring import FixedElement, reflect
+from splitveil.private import ckks_parameters
 from splitveil.private.core import LayerSpec, core_rms
 from splitveil.private.lattice_served import LatticeServed, hints, publish
 from splitveil.private.published import Publication
@@ -96,7 +101,9 @@ def test_a_system_holds_for_the_truth_and_for_nothing_near_it() -> None:
 
 def test_every_set_that_is_not_insecure_has_128_bits_in_every_problem_and_both_models() -> None:
     found = lines()
-    assert {line.parameters for line in found} == {one.name for one in SETS}
+    known = {one.name for one in parameter_sets()}
+    assert {DEFAULT.name, INSECURE_TEST.name} <= known
+    assert {line.parameters for line in found} == known | {ckks_parameters.NAME}
     for line in found:
         if not line.parameters.startswith("insecure_"):
             assert line.bits_core_svp >= REQUIRED_BITS
@@ -123,6 +130,39 @@ def test_asking_for_the_pad_costs_more_than_the_core_until_what_is_left_is_out_o
     assert left(256) < 20, "it is the price of the pad that protects here, not the lattice"
 
 
-def test_the_verdict_names_the_easiest_problem() -> None:
-    assert "149 bits" in verdict(DEFAULT)
-    assert "hides nothing" in verdict(INSECURE_TEST)
+def test_the_verdict_names_the_easiest_problem_and_what_is_below_128() -> None:
+    found = {line.partition(":")[0]: line for line in verdicts(lines())}
+    assert "148.9 bits" in found[DEFAULT.name]
+    assert "below" not in found[DEFAULT.name]
+    assert f"{ckks_parameters.hardness().bits_core_svp:.1f} bits" in found[ckks_parameters.NAME]
+    assert "below 128 by core-SVP. For tests; it hides nothing." in found[INSECURE_TEST.name]
+    (weak,) = verdicts([Line("of old", "query", "primal", 400, 127.99, 160.0), Line("of old", "a", "dual", 1, 200, 1)])
+    assert weak == "of old: 128.0 bits by core-SVP, below 128 by core-SVP."
+
+
+@pytest.fixture
+def narrower(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same trials in a second or two."""
+    monkeypatch.setattr(reductions, "WEAK_WIDTHS", (16,))
+    monkeypatch.setattr(reductions, "BROKEN_WIDTH", 32)
+
+
+@pytest.mark.usefixtures("narrower")
+def test_trials_break_what_is_weak_and_nothing_that_is_served() -> None:
+    broken, hints, real = (f"{DEFAULT.name}, {words}" for words in ("the pad broken", "the real hints", "the real pad"))
+    found = {(trial.what, trial.width): trial for trial in reductions.trials(256)}
+    assert {key for key, trial in found.items() if trial.found} == {("insecure_64", 16), (broken, 32)}
+    assert {key for key, trial in found.items() if trial.found is False} == {(f"{hints} of the same layer", 32)}
+    untried = {key: trial.dimension for key, trial in found.items() if trial.found is None}
+    assert untried[real, 32] == 3105
+    assert untried[f"{DEFAULT.name}, this adapter's narrowest", 256] == 3329
+    assert "149 bits" in found[real, 32].effort
+    assert "18 bits" in found[broken, 256].effort
+
+
+@pytest.mark.usefixtures("narrower")
+def test_the_command_line_shows_what_falls_without_an_adapter() -> None:
+    result = CliRunner().invoke(cli, ["extract", "--attack", "published"], catch_exceptions=False)
+    assert result.exit_code == 0
+    outcomes = re.findall(r"\d +(broken|withstood|not attempted) ", result.output)
+    assert outcomes == ["broken", "broken", "withstood", *["not attempted"] * 3]

@@ -12,6 +12,7 @@ from extraction_support import Small, small
 
 from splitveil.cli import cli
 from splitveil.errors import ConfigurationError, DataError
+from splitveil.extraction import calibrate as calibration
 from splitveil.extraction import run as running
 from splitveil.extraction.page import write_page
 from splitveil.extraction.rows import Row, Store, key_of
@@ -74,7 +75,7 @@ def test_a_run_measures_every_attack_once_and_goes_on_where_it_was(
 ) -> None:
     found = run(subject(case), rows=(4, 96), noises=(0.0,), out=tmp_path)
     assert {one.attack for one in found} == {"base", "adapter", *running.ATTACKS}
-    for attack in ("chosen", "directed", "honest", "known-A"):
+    for attack in ("chosen", "directed", "honest", "trained-A", "initial-A"):
         assert {one.rows for one in found if one.attack == attack} == {4, 96}
     (refused,) = [one for one in found if one.attack == "published"]
     assert refused.error is not None
@@ -106,8 +107,9 @@ def test_a_run_measures_every_attack_once_and_goes_on_where_it_was(
 
 def test_without_text_attacks_that_read_text_are_left_out(case: Small, tmp_path: Path) -> None:
     found = run(subject(case, text=False), rows=(96,), noises=(0.01,), out=tmp_path)
-    assert {one.attack for one in found} == {"chosen", "known-A", "published"}
-    assert {one.metric for one in found if not one.metric.startswith("error")} == {"exact"}
+    assert {one.attack for one in found} == {"chosen", "trained-A", "initial-A", "published"}
+    metrics = {one.metric for one in found if not one.metric.startswith("error")}
+    assert metrics == {"exact", "surprise", "surprise of a wrong guess"}
 
 
 @pytest.mark.parametrize(
@@ -135,7 +137,7 @@ def test_default_rows_are_around_the_width(case: Small) -> None:
 def test_the_command_line_says_hardness_without_an_adapter() -> None:
     result = CliRunner().invoke(cli, ["extract", "--hardness"], catch_exceptions=False)
     assert result.exit_code == 0
-    for words in ("148.9", "187.2", "179.6", "answers to random queries", "ADPS16", "MATZOV"):
+    for words in ("148.9", "187.2", "179.6", "answers to random queries", "ckks-", "sealed engine", "ADPS16", "MATZOV"):
         assert words in result.output
 
 
@@ -143,10 +145,36 @@ def test_the_command_line_attacks_a_folder(case: Small, tmp_path: Path) -> None:
     # Without a tokenizer in the folder, which a random model does not have, the base is the embedded one.
     arguments = ["extract", "--base", "embedded:base", "--adapter", "embedded:clinic", "--rows", "256", "--noise", "0"]
     out = tmp_path / "out"
-    result = CliRunner().invoke(cli, [*arguments, "--attack", "known-A", "--out", str(out)], catch_exceptions=False)
+    result = CliRunner().invoke(cli, [*arguments, "--attack", "trained-A", "--out", str(out)], catch_exceptions=False)
     assert result.exit_code == 0
-    assert "known-A" in result.output
+    assert "trained-A" in result.output
     assert len((out / "rows.jsonl").read_text().splitlines()) == 31  # 30 modules, and all together
+
+
+def test_a_calibration_begins_with_the_noise_that_is_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    begun: list[tuple[float, ...]] = []
+
+    def measured(*_: object, grid: tuple[float, ...], **__: object) -> None:
+        begun.append(grid)
+        raise ConfigurationError("far enough")
+
+    monkeypatch.setattr(calibration, "calibrate", measured)
+    data = tmp_path / "text.txt"
+    data.write_text("\n".join(["Anemia is a condition in which the blood has too few red cells."] * 20))
+    arguments = [
+        "extract",
+        "--base",
+        "embedded:base",
+        "--adapter",
+        "embedded:clinic",
+        "--data",
+        str(data),
+        "--calibrate",
+    ]
+    for more in ([], ["--noise", "0.05,0.2"]):
+        result = CliRunner().invoke(cli, [*arguments, "--length", "32", *more])
+        assert str(result.exception) == "far enough"
+    assert begun == [calibration.GRID, (0.05, 0.2)]
 
 
 @pytest.mark.parametrize(
@@ -154,6 +182,8 @@ def test_the_command_line_attacks_a_folder(case: Small, tmp_path: Path) -> None:
     [
         (["extract", "--base", "embedded:base"], "--adapter"),
         (["extract", "--base", "b", "--adapter", "a", "--out", "o", "--calibrate"], "--data"),
+        (["extract", "--base", "b", "--adapter", "a", "--data", "d", "--calibrate", "--rows", "8"], "no --rows"),
+        (["extract", "--base", "b", "--adapter", "a", "--data", "d", "--calibrate", "--attack", "span"], "no --attack"),
     ],
 )
 def test_the_command_line_says_what_is_missing(arguments: list[str], message: str) -> None:

@@ -13,6 +13,7 @@ from splitveil.errors import NonFiniteError, ProtocolError
 from splitveil.lattice import sampling
 from splitveil.lattice.parameters import DEFAULT, INSECURE_TEST, ParameterSet
 from splitveil.private.core import LayerSpec
+from splitveil.private.engine import WRONG_LENGTH
 from splitveil.private.lattice_public import LatticePublic
 from splitveil.private.lattice_served import LatticeServed, publish
 from splitveil.private.masks import OneTimeMask
@@ -204,8 +205,9 @@ def test_rows_that_are_not_finite_are_sent_as_zero_and_raise_afterwards() -> Non
     answer = served.answer([0, 1], 3, query)
     with pytest.raises(NonFiniteError, match="zero query"):
         site.recover(pending, answer)
-    with pytest.raises(ProtocolError, match="bytes was expected"):
-        site.recover(pending, answer[:-1])
+    for wrong in (b"", answer[:-1], answer + b"x"):
+        with pytest.raises(ProtocolError, match=f"^{WRONG_LENGTH}$"):
+            site.recover(pending, wrong)
 
 
 def test_zero_rows_give_exact_zeros() -> None:

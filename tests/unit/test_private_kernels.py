@@ -1,13 +1,18 @@
-"""The four online loops against exact integers: wrap-around, extreme inputs, rows at the limit."""
+"""The four online loops against exact integers: wrap-around, extreme inputs, rows at the limit. None holds the GIL."""
 
+import importlib
 import math
+import pkgutil
 from fractions import Fraction
 
 import numpy as np
 import pytest
 import reference
+from numba.core.dispatcher import Dispatcher
 from numpy.typing import NDArray
 
+import splitveil.lattice
+import splitveil.private
 from splitveil.private.kernels import answer_rows, encode_row, inner_products, unmask
 
 SIZE = 2.0**31 * 0.99 / 30_000
@@ -143,3 +148,20 @@ def test_unmasking_centres_scales_and_skips_zero_rows() -> None:
             exact = Fraction(int(values[i, j])) * Fraction(units[j]) / Fraction(factors[i])
             assert out[i, j] == pytest.approx(float(exact), rel=1e-7)
     assert (out[3] == 0).all()
+
+
+def kernels() -> dict[str, Dispatcher]:
+    """Everything that numba compiled in ``lattice`` and ``private``, by its full name."""
+    found = {}
+    for package in (splitveil.lattice, splitveil.private):
+        for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+            for value in vars(importlib.import_module(module.name)).values():
+                if isinstance(value, Dispatcher):
+                    found[f"{value.py_func.__module__}.{value.py_func.__name__}"] = value
+    return found
+
+
+def test_every_kernel_lets_other_threads_run() -> None:
+    """A server answers several clients at once, and a client makes masks while its model computes."""
+    assert len(kernels()) >= 12
+    assert [name for name, kernel in kernels().items() if not kernel.targetoptions.get("nogil")] == []

@@ -15,6 +15,7 @@ from splitveil.private.ckks_layout import coefficients, columns, small_slots
 from splitveil.private.ckks_library import forms, library
 from splitveil.private.ckks_parameters import FLOOD, SLOTS, evaluation_error, flood_bits, hardness
 from splitveil.private.core import LayerSpec
+from splitveil.private.engine import WRONG_LENGTH
 from splitveil.private.layer import public_half, publish
 from splitveil.private.published import Publication
 
@@ -317,7 +318,7 @@ def test_every_byte_outside_polynomials_must_be_as_expected(small: Ends) -> None
             small.session.answer([0], 1, flipped(data, at))
         with pytest.raises(ProtocolError, match="form"):
             site.recover(pending, flipped(answer, at))
-    with pytest.raises(ProtocolError, match="bytes"):
+    with pytest.raises(ProtocolError, match=f"^{WRONG_LENGTH}$"):
         site.recover(pending, answer[:-1])
     public = forms()["public key"].size
     # The public key's header; the table's header, parameters and length; its first row, which is empty; the second

@@ -86,8 +86,11 @@ def test_the_verdict_says_what_where_to_whom_and_what_to_do() -> None:
     found = judged(example.rows())
     assert found.level == "leak"
     assert found.headline == "Whoever receives what crosses can read the text, at every cut."
-    assert "100\u202f% of the tokens" in found.lead
-    assert "with the encrypted query, every attack is at the floor" in found.lead
+    assert found.lead == (
+        "After block 1, 100\u202f% of the tokens of doctor-patient talk are recovered by anyone with the device half’s "
+        "weights (search). Send the encrypted query instead: with it, every attack that works without is at the floor, "
+        "no better than guessing."
+    )
     assert "marked personal data" in answer(found, "What leaks")
     assert "After block 6, the last: 99.9\u202f% (search)." in answer(found, "Where")
     assert "Cutting deeper does not close the leak." in answer(found, "Where")
@@ -109,7 +112,7 @@ def test_a_defence_that_cannot_be_judged_is_neither_praised_nor_blamed() -> None
 
 def test_a_defence_that_was_not_tried_is_not_praised() -> None:
     found = judged([r for r in example.rows() if r["defence"] in {"none", "int8"}])
-    assert "floor" not in found.lead
+    assert found.lead.endswith("(search). Do not send this crossing to anyone who must not read the text.")
     assert answer(found, "What to do").startswith("Do not send this crossing")
     assert "not measured here" in answer(found, "What to do")
 
@@ -390,6 +393,22 @@ def test_the_page_shows_everything_it_was_given(tmp_path: Path) -> None:
         "transcripts of consultations",
     ):
         assert expected in words, expected
+
+
+def test_how_the_attackers_learnt_and_which_of_them_had_too_little_time(tmp_path: Path) -> None:
+    words = page(tmp_path).words
+    for expected in (
+        "Still getting better when learning ended: mlp (1 of 2 times) and revert (1 of 3 times).",
+        "nearest 1 none 4 356 540",
+        "mlp 1 none 79 104 1 234 540 98.9 % 99.1 % had flattened",
+        "321 540 81.4 % 87.5 % ? still rising",
+        "100 % every token right",
+        "1 234 540 99.1 % not recorded",
+    ):
+        assert expected in words, expected
+    without = page(tmp_path, learning=[]).words
+    assert "How they learnt" not in without
+    assert "Still getting better" not in without
 
 
 def test_the_best_attack_of_each_cut_is_marked(tmp_path: Path) -> None:

@@ -83,6 +83,7 @@ def parse_config(data: bytes, where: str) -> LoraSettings:
         _check_allowed(fields, name, value)
     _check_init(fields)
     _check_ignored(fields)
+    _check_alpha(fields)
     return LoraSettings(
         base_model=fields.label("base_model_name_or_path"),
         targets=_targets(fields),
@@ -163,6 +164,12 @@ def _check_ignored(fields: Fields) -> None:
         and all(isinstance(value, str) for value in mapping.values())
     ):
         raise fields.wrong("auto_mapping", mapping, "null or the strings base_model_class and parent_library")
+
+
+def _check_alpha(fields: Fields) -> None:
+    """With an alpha of 0 PEFT adds nothing anywhere: not what anybody trained. A negative one takes away, as asked."""
+    if fields.number("lora_alpha", 8) == 0 and not fields.numbers("alpha_pattern"):
+        raise fields.wrong("lora_alpha", 0, "a number other than 0, with which the adapter does nothing")
 
 
 def _targets(fields: Fields) -> TargetRule:

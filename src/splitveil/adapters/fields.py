@@ -105,11 +105,11 @@ class Fields:
         return items
 
     def integers(self, name: str) -> list[int]:
-        """A list of whole numbers; a single number counts as a list of one."""
+        """A list of whole numbers from 0 on; a single number counts as a list of one."""
         value = self.config[name]
         items = value if isinstance(value, list) else [value]
-        if not all(is_integer(item) for item in items):
-            raise self.wrong(name, value, "null, a whole number or a list of them")
+        if not all(is_integer(item) and item >= 0 for item in items):
+            raise self.wrong(name, value, "null, a whole number from 0 on or a list of them")
         return items
 
     def _table(self, name: str) -> dict[str, Any]:

@@ -30,6 +30,8 @@ class Effort:
     steps: int | None = None
     """Gradient steps after which learning ends even if there is time left: for runs that must not depend on a clock."""
     seed: int = 0
+    plateau: bool = True
+    """Whether learning may end early where the validation score has flattened; else all of the time is used."""
 
 
 @dataclass(frozen=True, repr=False)

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from splitveil.attacks.attack import Effort, Progress, Recovery
 from splitveil.attacks.knowledge import Access, Knowledge
+from splitveil.attacks.learning import Curve
 from splitveil.attacks.matching import Head, Matcher, gradient_of, unit
 from splitveil.attacks.mlp import Mlp
 from splitveil.attacks.samples import Samples
@@ -111,6 +112,11 @@ class Gradient:
             for into, values in zip((tokens, *facts.values()), zip(*found, strict=True), strict=True):
                 into[before] = torch.cat(values)
         return Recovery(tokens, facts)
+
+    @property
+    def curve(self) -> Curve:
+        """Of the reader's validations while learning."""
+        return self._reader.curve
 
     def state(self) -> dict[str, Tensor]:
         kept = {READER + name: tensor for name, tensor in self._reader.state().items()}

@@ -23,7 +23,7 @@ class Access(StrEnum):
     HEAD = "the output head"
     CLOUD = "the cloud half"
     SHADOW = "shadow text"
-    EMBEDDINGS = "a public language model's embeddings"
+    EMBEDDINGS = "the public base's input embeddings"
     TRUTH = "the prompts themselves"
 
 
@@ -57,10 +57,12 @@ class Oracle:
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor, mask: Tensor | None = None) -> Crossing:
-        """What crosses for ``tokens`` (batch, position)."""
+        """What crosses for ``tokens`` (batch, position). Raises ``NonFiniteError`` where that is no number."""
         self.sequences += tokens.shape[0]
         self.tokens += tokens.numel() if mask is None else int(mask.sum())
-        return self._protect(self._device(tokens, mask))
+        crossing = self._protect(self._device(tokens, mask))
+        crossing.check_finite()
+        return crossing
 
 
 class WhiteBox:
@@ -121,22 +123,26 @@ class Knowledge:
     """Whether the crossings under attack hold gradients, as the wire shows."""
 
     def restricted(self, needs: frozenset[Access]) -> "Knowledge":
-        """The same attacker with only what an attack declares."""
+        """The same attacker with only what an attack declares; the rest is not there, whatever name it is asked by."""
         missing = needs - self.granted
         if missing:
             raise UndeclaredKnowledgeError(f"this attacker does not have {', '.join(sorted(missing))}")
+
+        def declared(access: Access, value: T) -> T | None:
+            return value if access in needs else None
+
         return Knowledge(
-            self.vocabulary,
-            self.width,
-            needs,
-            self._oracle,
-            self._white_box,
-            self._head,
-            self._shadow,
-            self._embeddings,
-            self._truth,
-            self._cloud,
-            self.gradients,
+            vocabulary=self.vocabulary,
+            width=self.width,
+            granted=needs,
+            _oracle=declared(Access.QUERIES, self._oracle),
+            _white_box=declared(Access.WEIGHTS, self._white_box),
+            _head=declared(Access.HEAD, self._head),
+            _shadow=declared(Access.SHADOW, self._shadow),
+            _embeddings=declared(Access.EMBEDDINGS, self._embeddings),
+            _truth=declared(Access.TRUTH, self._truth),
+            _cloud=declared(Access.CLOUD, self._cloud),
+            gradients=self.gradients,
         )
 
     @property
@@ -167,7 +173,10 @@ class Knowledge:
 
     @property
     def embeddings(self) -> Tensor:
-        """(vocabulary, any width) input embeddings of a public language model with the same tokenizer."""
+        """(vocabulary, any width) input embeddings of the public base: of its weights, this table and nothing else.
+
+        A device that personalises its own does not change them.
+        """
         return self._given(Access.EMBEDDINGS, self._embeddings)
 
     @property

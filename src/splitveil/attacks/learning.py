@@ -44,22 +44,44 @@ class Curve:
     """The validations of a fit, in order."""
 
     points: list[Point] = field(default_factory=list)
+    plateau: bool = False
+    """Whether learning ended because the score had flattened, before its time was up."""
 
     @property
     def best(self) -> float:
         return max(point.score for point in self.points)
+
+    @property
+    def halfway(self) -> float:
+        """The best score in the first half of the steps; NaN where nothing was validated by then."""
+        early = [point.score for point in self.points if point.step <= self.points[-1].step / 2]
+        return max(early, default=math.nan)
+
+    @property
+    def rising(self) -> bool:
+        """Whether it ended while it was getting better by more than a plateau does: more time may bring more."""
+        return not self.plateau and self.best < 1 and not brought_nothing(self.halfway, self.best)
 
     def flat(self) -> bool:
         """Whether the last ``PATIENCE`` validations brought nothing."""
         scores = [point.score for point in self.points]
         if len(scores) <= PATIENCE or self.points[-1].step < EARLIEST:
             return False
-        before, lately = max(scores[:-PATIENCE]), max(scores[-PATIENCE:])
-        return 1 - lately > (1 - GAIN) * (1 - before) and lately < (1 + GAIN) * before
+        return brought_nothing(max(scores[:-PATIENCE]), max(scores[-PATIENCE:]))
 
     def tensor(self) -> Tensor:
         """(validations, 3): seconds, step, score."""
         return torch.tensor([[p.seconds, p.step, p.score] for p in self.points])
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Curve":
+        """From what ``tensor`` gave."""
+        return cls([Point(float(a), int(b), float(c)) for a, b, c in tensor.tolist()])
+
+
+def brought_nothing(before: float, lately: float) -> bool:
+    """Whether a later score is no gain on an earlier one: neither in what is right, nor in what is wrong."""
+    return 1 - lately > (1 - GAIN) * (1 - before) and lately < (1 + GAIN) * before
 
 
 def learn(
@@ -88,8 +110,8 @@ def learn(
 
     while True:
         now = spent()
-        if cooling_from is None and (now >= STEADY or curve.flat()):
-            cooling_from = now
+        if cooling_from is None and (now >= STEADY or (effort.plateau and curve.flat())):
+            cooling_from, curve.plateau = now, now < STEADY
         cooled = 0.0 if cooling_from is None else (now - cooling_from) / max(1e-9, cooling_from * COOLING)
         if step >= next_check or (step and cooled >= 1):
             net.eval()
@@ -147,4 +169,4 @@ def unpacked(net: nn.Module, state: Mapping[str, Tensor]) -> Curve:
     """Puts what was kept into ``net``; the curve that came with it."""
     net.load_state_dict({key: value for key, value in state.items() if key != CURVE})
     net.eval()
-    return Curve([Point(float(a), int(b), float(c)) for a, b, c in state[CURVE].tolist()])
+    return Curve.of(state[CURVE])

@@ -11,9 +11,9 @@ from splitveil.attacks.knowledge import Access, Knowledge, WhiteBox
 from splitveil.errors import ConfigurationError
 from splitveil.split import Crossing
 
-Prior = Callable[[Tensor], Tensor]
-"""A language model of the attacker's own: token ids (texts, positions) → log-probabilities (texts, vocabulary) of the
-token that follows."""
+Prior = Callable[[Tensor, Tensor], Tensor]
+"""A language model: token ids and mask (texts, positions) → log-probabilities (texts, vocabulary) of the token that
+follows."""
 
 BATCH = 16
 RATE = 0.1
@@ -30,30 +30,31 @@ class Optimise:
     follow it, since they read it. Relations between positions need no enumeration, which is what this attack has over
     ``search``; it pays with no exactness.
 
-    A token is the one whose embedding is nearest, or, with a ``prior``, the best by
-    −‖x − e‖² / (2 σ²) + log p(token | tokens before it) with σ the root mean square of the distances to the nearest
-    embeddings. The prior is an argument, not ``Access.HEAD``: the head reads the last cut only, and what reads a
-    device half's activations at an earlier cut is no language model.
+    A token is the best by −‖x − e‖² / (2 σ²) + log p(token | tokens before it), with σ the root mean square, in each
+    dimension, of the distances to the nearest embeddings: where descent has come near, the nearest embedding decides,
+    elsewhere what the text is likely to say has a part in it. p is the prior, by default the whole model: whoever runs
+    the cloud half and has the device half's weights has that.
 
     The comparison is with activations before the defence, whose rounding has no gradient. Where the defence widens the
     crossing, as an encrypted query with its pad does, the leading columns are compared: that is where the states are
-    masked in place. ``recover`` reports
-    ``distance``, ‖crossing − text's activation‖ / ‖crossing‖ at every position, for the tokens returned.
+    masked in place. ``recover`` reports ``distance``, ‖crossing − text's activation‖ / ‖crossing‖ at every position, of
+    the tokens returned.
     """
 
     name: ClassVar[str] = "optimise"
-    version: ClassVar[int] = 1
-    needs: ClassVar[frozenset[Access]] = frozenset({Access.WEIGHTS})
+    version: ClassVar[int] = 2
+    needs: ClassVar[frozenset[Access]] = frozenset({Access.WEIGHTS, Access.CLOUD, Access.HEAD})
     source: ClassVar[str] = "gradient inversion of representations: Song & Raghunathan, CCS 2020, section 3"
     summary: ClassVar[str] = "bends made-up embeddings until the device half makes of them what crossed"
 
     def __init__(self, *, rounds: int = 4, steps: int = 100, prior: Prior | None = None) -> None:
-        """``steps`` of descent a round, the same for every text."""
+        """``steps`` of descent a round, the same for every text; ``prior`` takes the place of the model's own."""
         if rounds < 1 or steps < 1:
             raise ConfigurationError(f"optimise needs at least one round and one step, got {rounds} and {steps}")
         self.rounds = rounds
         self.steps = steps
-        self.prior = prior
+        self._given = prior
+        self._prior: Prior | None = None
         self._white_box: WhiteBox | None = None
         self._vocabulary = 0
         self.width = 0
@@ -66,7 +67,7 @@ class Optimise:
 
     def recover(self, crossing: Crossing, progress: Progress) -> Recovery:
         """Token ids by descent. Raises ``ConfigurationError`` before ``fit``, and for a crossing of another width."""
-        if self._white_box is None:
+        if self._white_box is None or self._prior is None:
             raise ConfigurationError("optimise has no device half yet: call fit or restore first")
         table = self._white_box.embeddings()[: self._vocabulary]
         parts = []
@@ -77,7 +78,7 @@ class Optimise:
             def within(done: float, note: str, start: int = start) -> None:
                 progress((start + done * min(BATCH, count - start)) / count, note)
 
-            parts.append(_Descent(self, self._white_box, table, part).run(within))
+            parts.append(_Descent(self, self._white_box, self._prior, table, part).run(within))
         if not parts:
             return Recovery(
                 torch.full(crossing.text.shape, -1), {"distance": torch.full(crossing.text.shape, torch.nan)}
@@ -94,16 +95,29 @@ class Optimise:
         """Takes the place of ``fit``."""
         self._white_box = knowledge.white_box
         self._vocabulary = knowledge.vocabulary
+        self._prior = self._given or whole_model(knowledge)
         start = torch.zeros(1, 1, dtype=torch.long, device=knowledge.white_box.embeddings().device)
         self.width = knowledge.white_box.plain(start).width
+
+
+def whole_model(knowledge: Knowledge) -> Prior:
+    """The model that was cut, put together again: device half, cloud half and head."""
+    device, cloud, head = knowledge.white_box, knowledge.cloud, knowledge.head
+
+    def prior(tokens: Tensor, mask: Tensor) -> Tensor:
+        following: Tensor = head(cloud(device.plain(tokens, mask))[:, -1]).float().log_softmax(-1)
+        return following[:, : knowledge.vocabulary]
+
+    return prior
 
 
 class _Descent:
     """One batch of texts."""
 
-    def __init__(self, attack: Optimise, white_box: WhiteBox, table: Tensor, crossing: Crossing) -> None:
+    def __init__(self, attack: Optimise, white_box: WhiteBox, prior: Prior, table: Tensor, crossing: Crossing) -> None:
         self._attack = attack
         self._white_box = white_box
+        self._prior = prior
         self._table = table
         self._text = crossing.text.to(table.device)
         self._mask = crossing.mask.to(table.device)
@@ -173,13 +187,14 @@ class _Descent:
         table = self._table.float()
         away = [torch.cdist(row.float(), table) for row in soft]
         nearest = torch.stack([row.min(1).values for row in away])
-        if self._attack.prior is None:
-            return torch.stack([row.argmin(1) for row in away])
-        variance = nearest[self._text].square().mean().clamp(min=torch.finfo(torch.float32).tiny)
+        variance = (nearest[self._text].square().mean() / table.shape[1]).clamp(min=torch.finfo(torch.float32).tiny)
         tokens = torch.zeros(self._text.shape, dtype=torch.long, device=table.device)
         for position in range(tokens.shape[1]):
             fit = -torch.stack([row[position] for row in away]).square() / (2 * variance)
-            if position:
-                fit = fit + self._attack.prior(tokens[:, :position])
+            # Of a text that begins further to the right, nothing is known yet.
+            begun = self._text[:, :position].any(1)
+            if bool(begun.any()):
+                likely = self._prior(tokens[:, :position], self._mask[:, :position])
+                fit = fit + likely.masked_fill(~begun[:, None], 0)
             tokens[:, position] = fit.argmax(1)
         return tokens

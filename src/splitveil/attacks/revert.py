@@ -1,8 +1,8 @@
 """``revert``: the two-stage attack. States are projected into an embedding space, and a generative model makes text.
 
 After arXiv 2501.05965. Stage 1 reads the whole crossing at once, as later states tell about earlier tokens too; it
-ends in the embedding space of a public language model, where distance is likeness of words. Stage 2 writes the text
-from left to right: it sees the noisy embeddings, the states, and what it has written so far, and corrects them.
+ends in the embedding space of the public base, where distance is likeness of words. Stage 2 writes the text from left
+to right: it sees the noisy embeddings, the states, and what it has written so far, and corrects them.
 
 A second reader sees one state at a time and learns by itself. What stage 2 writes is judged by both: they err on
 different words, above all where the victims' text is unlike the attacker's.
@@ -26,7 +26,7 @@ WIDTH = 256
 DEPTH = 2
 HIDDEN = 1024
 SAY = 0.5
-"""The weight of the reader of single states, beside 1 for stage 2. Its gain is the same from a quarter to one."""
+"""The weight of the reader of single states, beside 1 for stage 2."""
 EMBEDDING = 256
 """The most dimensions of the embedding space that are kept."""
 PROMPTS = 64
@@ -160,8 +160,11 @@ class Inverter(nn.Module):
         return self._next(before, self._evidence(hidden, projected), projected[1], None)
 
     @torch.no_grad()
-    def generate(self, crossing: Crossing) -> Tensor:
-        """Stage 2 on its own: (batch, position) token ids, each the likeliest after those before it."""
+    def generate(self, crossing: Crossing, say: float = SAY) -> Tensor:
+        """(batch, position) token ids, each the likeliest after those before it.
+
+        ``say`` is the weight of the reader of single states; with 0, stage 2 writes on its own.
+        """
         text = None if bool(crossing.text.all()) else crossing.text
         projected = self.project(crossing.hidden, text)
         evidence = self._evidence(crossing.hidden, projected)
@@ -171,7 +174,7 @@ class Inverter(nn.Module):
             here = slice(position, position + 1)
             points = self._next(before, evidence[:, here], projected[1][:, here], pasts)
             together, alone = self.scores(points), self.alone(crossing.hidden[:, here])
-            found.append((together.log_softmax(-1) + SAY * alone.log_softmax(-1)).argmax(-1))
+            found.append((together.log_softmax(-1) + say * alone.log_softmax(-1)).argmax(-1))
             before = self.embeddings[found[-1]]
         return torch.cat(found, 1)
 

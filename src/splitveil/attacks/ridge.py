@@ -21,8 +21,7 @@ CHUNK = 1024
 class Ridge:
     """Least squares from a state to its token's embedding, then the nearest embedding.
 
-    The penalty is chosen on validation text. (Onto the tokens' indicators instead, it recovers half as much: frequent
-    words win.)
+    The penalty is chosen on validation text. (Onto the tokens' indicators instead, frequent words would win.)
     """
 
     name = "ridge"

@@ -13,8 +13,9 @@ from splitveil.auditing.device import Devices, Knows
 from splitveil.auditing.distributed import run_on
 from splitveil.auditing.grid import CreateAttack, CreateDefence, Grid, Step, Watch
 from splitveil.auditing.information import Profile, profile_blocks
+from splitveil.auditing.learnt import learning
 from splitveil.auditing.meta import Names, describe
-from splitveil.auditing.outcome import Report
+from splitveil.auditing.outcome import Report, scores
 from splitveil.auditing.prepare import Sizes, attackers_text, setting_of
 from splitveil.auditing.prices import prices
 from splitveil.auditing.rows import Store
@@ -44,6 +45,7 @@ def audit(
     budget: float = Sizes.budget,
     seed: int = Sizes.seed,
     steps: int | None = Sizes.steps,
+    plateau: bool = Sizes.plateau,
     information: bool = False,
     personal: str | Path | None = None,
     attacker_knows: str = Knows.BASE,
@@ -58,11 +60,12 @@ def audit(
     """Attacks what crosses when ``model`` is split after each of ``cuts`` blocks, and scores what comes back.
 
     Attacked are the first ``tokens`` tokens of ``prompts`` of the ``texts``. The attackers learn for at most ``budget``
-    seconds each, or ``steps`` gradient steps, which do not depend on how busy a machine is, from ``windows`` windows of
-    ``shadow`` text, which must not overlap with ``texts``; without any, from text sampled from the model itself and
-    uniformly random tokens. ``defences`` are names such as ``gaussian:0.1``; attackers know them and adapt. The
-    controls, ``floor`` and ``oracle``, always run. ``information`` adds estimates of how many bits about its token each
-    position carries, block by block, without a defence.
+    seconds each, or ``steps`` gradient steps, which do not depend on how busy a machine is, and less where their
+    validation score flattens, unless ``plateau`` is False. They learn from ``windows`` windows of ``shadow`` text,
+    which must not overlap with ``texts``; without any, from text sampled from the model itself and uniformly random
+    tokens. ``defences`` are names such as ``gaussian:0.1``; attackers know them and adapt. The controls, ``floor`` and
+    ``oracle``, always run. ``information`` adds estimates of how many bits about its token each position carries, block
+    by block, without a defence.
 
     ``personal`` is the folder of a personal part: the victims' device half is ``model`` with it in place. Attackers
     know ``model`` alone, or with ``attacker_knows="personal"`` the personalised device as well. With ``training``, the
@@ -78,7 +81,7 @@ def audit(
     both before anything is measured, and what ``joined`` raises for a cluster that cannot be used. An attack that fails
     later has a row with its error.
     """
-    sizes = Sizes(prompts, tokens, windows, budget, seed, steps)
+    sizes = Sizes(prompts, tokens, windows, budget, seed, steps, plateau)
     names = names or Names()
     found, own = as_texts(texts), None if shadow is None else as_texts(shadow)
     if not cuts or not defences:
@@ -108,8 +111,10 @@ def audit(
             profile = profile_blocks(grid, store, blocks, watch) if information else Profile()
             rows = [row for row in store.rows() if grid.owns(row)]
             keys = {row.key for row in rows}
+            learnt = learning(setting, create_attack, store.folder, [*scores(rows)])
             kept = {(text["key"], text["prompt_index"]): text for text in store.texts() if text["key"] in keys}
         meta = describe(grid, sizes, names, blocks, rows, given=len(found), profile=profile)
+        meta["learning"] = learnt
         meta["prices"] = prices(grid, units)
         meta["units"] = {"asked": len(units), "measured": len(missing)}
     return Report(tuple(rows), tuple(kept.values()), meta, None if out is None else Path(out))

@@ -19,8 +19,9 @@ from splitveil.attacks.catalogue import CONTROLS
 from splitveil.attacks.knowledge import Access, Shadow
 from splitveil.auditing.device import Devices
 from splitveil.auditing.draws import drawn_again
-from splitveil.auditing.fitted import keep, kept
+from splitveil.auditing.fitted import keep, kept, place
 from splitveil.auditing.intervals import UNMEASURED, Figure
+from splitveil.auditing.learnt import facts_of_learning
 from splitveil.auditing.metrics import METRICS, check_recovery, describe_facts, score
 from splitveil.auditing.outcome import ORACLE
 from splitveil.auditing.rows import INFORMATION, Row, Store
@@ -215,16 +216,17 @@ class Grid:
             attack.restore(state, known)
             return float(facts["seconds"])
         begun = time.perf_counter()
-        effort = Effort(seconds=self.setting.budget, steps=self.setting.steps, seed=self.setting.seed)
+        told = self.setting
+        effort = Effort(seconds=told.budget, steps=told.steps, seed=told.seed, plateau=told.plateau)
         attack.fit(known, effort, tell("learning"))
         seconds = time.perf_counter() - begun
-        keep(path, attack.state(), {"seconds": repr(seconds), "attack": unit.label})
+        keep(path, attack.state(), {"seconds": repr(seconds), "attack": unit.label} | facts_of_learning(attack, known))
         return seconds
 
     @staticmethod
     def learnt(store: Store, unit: Unit) -> Path:
         """Where what the unit's attacker learnt is kept."""
-        return store.folder / "fitted" / f"{unit.fit_key}.safetensors"
+        return place(store.folder, unit.fit_key)
 
     def about(self, unit: Unit) -> dict[str, Any]:
         """What each of a unit's texts begins with."""

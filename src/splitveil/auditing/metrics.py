@@ -4,8 +4,8 @@
 - ``exact_match``: share of the prompts with every token right.
 - ``rouge_l``: ROUGE-L F of lower-case words (Lin 2004), mean over prompts.
 - ``bleu``: sentence BLEU of sacrebleu with effective order (Post 2018), divided by 100, mean over prompts.
-- ``cosine``: of the mean input embeddings of a public language model (the audited one's), mean over prompts. It is far
-  above 0 for any two English texts: read it beside the floor's.
+- ``cosine``: of the two texts' mean input embeddings, those of the audited model, mean over prompts. It is far above 0
+  for any two English texts: read it beside the floor's.
 - ``personal_recall``: share of the marked personal data of which every token is right.
 - ``personal_characters``: share of the characters of personal data that lie in right tokens.
 

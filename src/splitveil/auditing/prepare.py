@@ -33,6 +33,8 @@ class Sizes:
     seed: int = 0
     steps: int | None = None
     """Gradient steps after which learning ends even if there is time left."""
+    plateau: bool = True
+    """Whether an attack may stop learning before, where its validation score has flattened."""
 
     def __post_init__(self) -> None:
         if self.prompts < 1 or self.windows < 1:
@@ -63,6 +65,7 @@ def setting_of(devices: Devices, victims: Victims, name: str, data: str, sizes: 
         personal=devices.digest,
         knows=devices.knows.value,
         training=devices.training,
+        plateau=sizes.plateau,
     )
 
 

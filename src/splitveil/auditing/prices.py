@@ -109,6 +109,7 @@ def _perplexity(grid: Grid, split: Split, unit: Unit | None) -> float:
         crossing: Crossing = split.device(rows, present)
         if unit is not None:
             crossing = unit.defence.protect(crossing)
+            crossing.check_finite()
         logits = split.cloud(crossing)[:, :-1].float()
         losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), rows[:, 1:], reduction="none")
         counted = present[:, 1:] * present[:, :-1]

@@ -34,6 +34,8 @@ class Setting:
     """What the attackers know of it."""
     training: bool = False
     """Whether the texts are being trained on."""
+    plateau: bool = True
+    """Whether an attack may stop learning before, where its validation score has flattened."""
 
     def knowing(self, shadow: Shadow) -> "Setting":
         """The same setting with the digest of the attackers' text."""
@@ -58,6 +60,7 @@ class Setting:
             }
             | ({"personal": self.personal} if self.personal and self.knows == Knows.PERSONAL else {})
             | ({"training": True} if self.training else {})
+            | ({} if self.plateau else {"plateau": False})
             | ({} if self.steps is None else {"steps": self.steps})
         )
 

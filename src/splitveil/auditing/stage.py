@@ -32,7 +32,8 @@ class Stage:
         """``model`` is the victims'. The attackers' device half and head are those of ``attackers``, the embeddings
         those of ``public``; by default both are ``model`` too. With ``training``, gradients cross as well, undefended.
 
-        Raises ``ConfigurationError`` for training where the upper blocks cannot read what the defence sends.
+        Raises ``ConfigurationError`` for training where the upper blocks cannot read what the defence sends, and
+        ``NonFiniteError`` where what crosses is no number: no attack is to blame for what it makes of that.
         """
         self.split = cut(model, block)
         self.defence = defence
@@ -83,11 +84,13 @@ def public_embeddings(model: Any) -> Tensor:
 
 @torch.no_grad()
 def cross(split: Split, defence: Defence, victims: Victims) -> Crossing:
-    """What the victims' device sends, in batches as a device would."""
+    """What the victims' device sends, in batches as a device would. Raises ``NonFiniteError`` for NaN and infinity."""
     where = split.device.model.device
     ids, mask = victims.tokens.clamp(min=0).to(where), victims.mask.to(where)
     parts = [
         defence.protect(split.device(ids[start : start + BATCH], mask[start : start + BATCH]))
         for start in range(0, len(ids), BATCH)
     ]
-    return Crossing(torch.cat([part.hidden for part in parts]), torch.cat([part.mask for part in parts]))
+    crossing = Crossing(torch.cat([part.hidden for part in parts]), torch.cat([part.mask for part in parts]))
+    crossing.check_finite()
+    return crossing

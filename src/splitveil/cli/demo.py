@@ -9,7 +9,9 @@ import click
 
 @click.command()
 @click.option("--question", metavar="TEXT", help="A patient's question; the default is fixed.")
-@click.option("--max-new-tokens", default=80, show_default=True, type=click.IntRange(8, 256))
+@click.option(
+    "--max-new-tokens", default=80, show_default=True, type=click.IntRange(8, 256), help="Tokens of the answer at most."
+)
 @click.option(
     "--out",
     type=click.Path(path_type=Path, file_okay=False),

@@ -39,8 +39,16 @@ class _Numbers(click.ParamType[tuple[float, ...]]):
 @click.option("--data", metavar="FILE", help="Held-out text: .txt, .csv, .tsv, .json, .jsonl.")
 @click.option("--column", metavar="NAME", help="Which column or field of the data holds the text.")
 @click.option("--rows", type=_Numbers(int), metavar="N,…", help="Rows that the attacker gets answered, per layer.")
-@click.option("--noise", "noises", type=_Numbers(float), default="0,0.01", show_default=True, metavar="X,…")
+@click.option(
+    "--noise",
+    "noises",
+    type=_Numbers(float),
+    metavar="X,…",
+    help="Fractions of a typical answer that are added as noise, as in `serve`: 0,0.01 if not given. With --calibrate "
+    "where to begin: 0,0.01,0.03,0.1,0.3,1.",
+)
 @click.option("--attack", "attacks", metavar="NAME,…", help="Only these; see above.")
+@click.option("--initial", metavar="SEEDS|DIR", help="What initial-A tries: 0-99 if not given, or a PEFT folder.")
 @click.option("--hardness", is_flag=True, help="Bits of every parameter set against the known lattice attacks.")
 @click.option("--calibrate", is_flag=True, help="Propose the largest noise that the adapter's gain bears.")
 @click.option("--fraction", default=0.05, show_default=True, help="Of the gain, that noise may cost (--calibrate).")
@@ -53,8 +61,9 @@ def extract(
     data: str | None,
     column: str | None,
     rows: tuple[int, ...] | None,
-    noises: tuple[float, ...],
+    noises: tuple[float, ...] | None,
     attacks: str | None,
+    initial: str | None,
     hardness: bool,
     calibrate: bool,
     fraction: float,
@@ -71,31 +80,42 @@ def extract(
     chosen     queries of the attacker's choice: columns, then the modular ladder
     directed   queries along the activations' main directions (needs --data)
     honest     the client's own code on real text (needs --data)
-    known-A    A's row space is known: r rows are enough
+    trained-A  the trained A is known (frozen, published, shared): r rows are enough
+    initial-A  A before training is known, or its seed guessed (--initial)
     span       what the first answers tell of span(B) (needs --data)
-    published  lattice reduction on the published half alone
+    published  lattice reduction on the published half alone; what it breaks, and what not
 
     \b
     splitveil extract --base embedded:base --adapter embedded:clinic --data held-out.jsonl --out extraction
     splitveil extract --base DIR --adapter DIR --data FILE --calibrate
+    splitveil extract --attack published
     splitveil extract --hardness
 
     Half of the text's windows are the attacker's, the other half judge. DIR gets rows.jsonl, one object a measurement,
-    and report.html; the same command goes on where an interrupted one was. --calibrate writes no file.
+    and report.html; the same command goes on where an interrupted one was. --calibrate writes no file, and takes no
+    --rows and no --attack. `--attack published` reduces lattices that are there to be broken, under a parameter set
+    that is never served; it needs no adapter.
     """
+    names = None if attacks is None else tuple(attacks.split(","))
     if hardness:
         _hardness()
-        if base is None and adapter is None:
+    if base is None and adapter is None:
+        if names == ("published",):
+            _reductions(None)
+        if hardness or names == ("published",):
             return
     if base is None or adapter is None or (out is None and not calibrate):
         raise ConfigurationError(
-            "--base, --adapter and --out are needed to attack an adapter (--calibrate needs no --out, --hardness none)"
+            "--base, --adapter and --out are needed to attack an adapter (--calibrate needs no --out; --hardness and "
+            "--attack published by itself need none)"
         )
     if calibrate and data is None:
         raise ConfigurationError("--calibrate measures perplexity on held-out text; give --data")
+    if calibrate and (rows is not None or names is not None):
+        raise ConfigurationError("--calibrate takes no --rows and no --attack: it says itself how many rows are needed")
     from splitveil.adapters import load_adapter
     from splitveil.auditing.data import read_texts
-    from splitveil.extraction.run import ATTACKS, Subject, default_rows, run
+    from splitveil.extraction.run import ATTACKS, SEEDS, Subject, default_rows, run
     from splitveil.extraction.worth import Text
 
     loaded = load_adapter(resolve(adapter))
@@ -105,24 +125,34 @@ def extract(
         texts = [one.text for one in read_texts(data, column)]
         text = Text.of(tokenizer, texts, tokens=tokens, length=length)
     if calibrate:
+        from splitveil.extraction.calibrate import GRID
         from splitveil.extraction.calibrate import calibrate as measure
 
         if text is None:
             raise ConfigurationError("--calibrate measures perplexity on held-out text; give --data")
         with _status() as watch:
-            found = measure(model, loaded, text, fraction=fraction, watch=watch)
+            found = measure(model, loaded, text, fraction=fraction, grid=noises or GRID, watch=watch)
         _dials(found)
         return
     if out is None:
         raise ConfigurationError("--out is needed: a folder for the rows and the report")
     from splitveil.extraction.page import write_page
 
-    subject = Subject(model, loaded, text, resolve(adapter).name, _digest(model, loaded.digest, text))
-    chosen = tuple(ATTACKS) if attacks is None else tuple(attacks.split(","))
+    digest = _digest(model, loaded.digest, text)
+    subject = Subject(model, loaded, text, resolve(adapter).name, digest, initial or SEEDS)
     with _status() as watch:
-        measured = run(subject, rows=rows or default_rows(loaded), noises=noises, out=out, attacks=chosen, watch=watch)
+        measured = run(
+            subject,
+            rows=rows or default_rows(loaded),
+            noises=noises or (0.0, 0.01),
+            out=out,
+            attacks=names or tuple(ATTACKS),
+            watch=watch,
+        )
     page = write_page(measured, out, shlex.join(["splitveil", *sys.argv[1:]]))
     _table(measured)
+    if names is not None and "published" in names:
+        _reductions(min(module.d_in for module in loaded.modules))
     click.echo(f"rows    {out / 'rows.jsonl'}\nreport  {page}")
 
 
@@ -149,8 +179,9 @@ def _status() -> Iterator[Callable[[str], None]]:
 
 
 def _hardness() -> None:
-    from splitveil.extraction.hardness import METHODS, MODELS, SETS, lines, verdict
+    from splitveil.extraction.hardness import METHODS, MODELS, lines, verdicts
 
+    found = lines()
     rows = [
         (
             line.parameters,
@@ -160,14 +191,34 @@ def _hardness() -> None:
             f"{line.bits_core_svp:.1f}",
             f"{line.bits_he_standard:.1f}",
         )
-        for line in lines()
+        for line in found
     ]
     _print(("set", "problem", "attack", "β", "bits, core-SVP", "bits, HE standard"), rows, left=3)
-    for parameters in SETS:
-        click.echo(verdict(parameters))
+    for verdict in verdicts(found):
+        click.echo(verdict)
     for name, source in (METHODS | MODELS).items():
         click.echo(f"{name:<12}{source}")
     click.echo("Not modelled: hybrid dual attacks with modulus switching (MATZOV 2022), quantum sieves, guessing.\n")
+
+
+def _reductions(width: int | None) -> None:
+    """What lattice reduction does to published halves, from the weakest up to those that are served."""
+    from splitveil.extraction.hint import MOST_DIMENSIONS
+    from splitveil.extraction.reductions import trials
+
+    rows = []
+    with _status() as watch:
+        watch("lattice reduction")
+        for trial in trials(width):
+            watch(f"lattice reduction: {trial.what}, d = {trial.width}")
+            result = {True: "broken", False: "withstood", None: "not attempted"}[trial.found]
+            seconds = "" if trial.found is None else f"{trial.seconds:.1f}"
+            rows.append((trial.what, f"{trial.width:,}", f"{trial.dimension:,}", result, seconds, trial.effort))
+    _print(("hints of a layer under", "d", "lattice", "outcome", "s of one core", "estimated"), rows, left=1)
+    click.echo(
+        "Weights at random. The pad broken: it has a ring and a client's secret of its own, so that it covers nothing. "
+        f"Lattice: its dimension; this attack (LLL) reduces up to {MOST_DIMENSIONS}.\n"
+    )
 
 
 def _table(rows: Sequence[Any]) -> None:
@@ -211,7 +262,7 @@ def _dials(found: Any) -> None:
         (
             f"{100 * dial.noise:.3g} %",
             f"{dial.perplexity.value:.2f}",
-            f"{100 * dial.lost:.2f} %",
+            f"{100 * dial.lost:.2f} % ({100 * dial.low:.2f} – {100 * dial.high:.2f})",
             *("not found" if rows is None else f"{rows:,}" for rows in dial.rows),
         )
         for dial in found.dials

@@ -26,7 +26,9 @@ _OPTIONS = [
         help="Holds the API key, where the vendor asks for one; without it, $SPLITVEIL_API_KEY.",
     ),
     *tls_options,
-    click.option("--max-new-tokens", default=128, show_default=True, type=click.IntRange(1)),
+    click.option(
+        "--max-new-tokens", default=128, show_default=True, type=click.IntRange(1), help="Tokens of the answer at most."
+    ),
     click.option(
         "--engine",
         type=click.Choice(["lattice", "sealed"]),
@@ -89,6 +91,9 @@ def chat(max_new_tokens: int, temperature: float, seed: int | None, **where: Any
 
     The tokenizer's chat template is used where it has one. Without one, every line is asked on its own in the form
     "Question: … Answer:", which the embedded default understands; nothing is remembered between lines.
+
+    \b
+    splitveil chat --base embedded:base --server 127.0.0.1:7433 --adapter clinic
     """
     model, tokenizer = _connected(where)
     history: list[dict[str, str]] = []

@@ -1,6 +1,8 @@
 """Loading a local base model and its tokenizer, with errors that people can act on."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ def load_base(text: str, *, dtype: str = "auto", device: str = "cpu") -> tuple[A
     """
     import torch
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
 
     folder = resolve(text)
     if not (folder / "config.json").is_file():
@@ -28,15 +32,45 @@ def load_base(text: str, *, dtype: str = "auto", device: str = "cpu") -> tuple[A
     transformers.utils.logging.disable_progress_bar()
     kind = torch.float32 if dtype == "auto" and device == "cpu" and _half(folder) else dtype
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=kind, local_files_only=True)
+        with _quiet(transformers.utils.logging):
+            model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, dtype=kind, local_files_only=True, ignore_mismatched_sizes=True, output_loading_info=True
+            )
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError, json.JSONDecodeError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise BaseModelError(f"{folder} cannot be loaded as a causal language model: {first}") from None
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        ImportError,
+        json.JSONDecodeError,
+        RuntimeError,  # weights that are damaged inside, or too large for this machine's memory
+        SafetensorError,
+        StrictDataclassError,
+    ) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise BaseModelError(f"{folder} cannot be loaded as a causal language model: {reason}") from None
+    # transformers would go on with random numbers in their places.
+    lacking = sorted({*loaded["missing_keys"], *(name for name, *_ in loaded["mismatched_keys"])})
+    if lacking:
+        raise BaseModelError(
+            f"{folder}: the weights are not those that its config.json describes: {len(lacking)} are missing or of "
+            f"another shape, such as {lacking[0]}; download the model again, all files together"
+        )
     try:
         return model.to(device).eval(), tokenizer
     except (RuntimeError, AssertionError) as error:
         raise ConfigurationError(f"device {device!r} is not usable here: {str(error).splitlines()[0]}") from None
+
+
+@contextmanager
+def _quiet(logging: Any) -> Iterator[None]:
+    """Without transformers' table of the weights that it did not find: one line says it here."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _half(folder: Path) -> bool:

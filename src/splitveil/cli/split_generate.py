@@ -25,9 +25,17 @@ _GENERATE = [
     click.option("--shape", type=click.Choice(["u", "straight"]), help="As served; a run knows its own. [default: u]"),
     options.defence,
     click.option("--prompt", required=True, metavar="TEXT|-", help="The prompt; - reads it from standard input."),
-    click.option("--max-new-tokens", default=128, show_default=True, type=click.IntRange(1)),
+    click.option(
+        "--max-new-tokens", default=128, show_default=True, type=click.IntRange(1), help="Tokens of the answer at most."
+    ),
     click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(0), help="0 means greedy."),
-    click.option("--top-p", default=1.0, show_default=True, type=click.FloatRange(0, 1, min_open=True)),
+    click.option(
+        "--top-p",
+        default=1.0,
+        show_default=True,
+        type=click.FloatRange(0, 1, min_open=True),
+        help="Sample from the fewest tokens that have this probability together.",
+    ),
     click.option("--seed", type=int, help="Seed for sampling."),
     click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text."),
 ]

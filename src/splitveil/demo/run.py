@@ -59,6 +59,9 @@ class Demonstration:
     published_rows: int
     adapter_parameters: int
     rows_used: int
+    """At every layer, by the conversation that is shown."""
+    rows_in_all: int
+    """At the layer that was asked most, by the whole session: as the server counted them."""
     width: int
     pool_bytes: int
     plain_split: PlainSplit
@@ -72,7 +75,7 @@ class Demonstration:
 
 
 def demonstrate(question: str = QUESTION, new_tokens: int = NEW_TOKENS, out: Path | None = None) -> Demonstration:
-    """Runs everything, in under a minute on two cores.
+    """Runs everything.
 
     The report on the plain split goes to ``out``, by default a new folder among the temporary ones.
     Raises ``SplitveilError`` if the vendor's process fails.
@@ -115,7 +118,7 @@ def demonstrate(question: str = QUESTION, new_tokens: int = NEW_TOKENS, out: Pat
             groups, pool_bytes = adapter.groups, adapter.pool.size if adapter.pool is not None else 0
         finally:
             disconnect(model)
-        seen = vendor.report()
+        seen, rows_in_all = vendor.report()
     tokens = ids.shape[1] + len(private.tokens) - 1
     plain = _as_sent_without_mask(captured)
     out = Path(tempfile.mkdtemp(prefix="splitveil-demo-")) if out is None else out
@@ -137,6 +140,7 @@ def demonstrate(question: str = QUESTION, new_tokens: int = NEW_TOKENS, out: Pat
         published_rows=sum(layer.rank for layer in publication.layers),
         adapter_parameters=sum(layer.rank * layer.width for layer in publication.layers),
         rows_used=rows // len(groups),
+        rows_in_all=rows_in_all,
         width=min(layer.width for layer in publication.layers),
         pool_bytes=pool_bytes,
         plain_split=leak,
@@ -197,17 +201,20 @@ class _Vendor:
         self._seen_file = seen_file
         self.address = str(self._line()["address"])
 
-    def report(self) -> NDArray[np.uint32]:
-        """Stops the server and returns the words that it received."""
-        self._process.communicate("\n", timeout=30)
-        return np.frombuffer(self._seen_file.read_bytes(), dtype="<u4")
+    def report(self) -> tuple[NDArray[np.uint32], int]:
+        """Stops the server and returns the words that it received, and how many rows of one layer it was asked for."""
+        last, _ = self._process.communicate("\n", timeout=30)
+        return np.frombuffer(self._seen_file.read_bytes(), dtype="<u4"), _parsed(last)["rows_of_a_layer"]
 
     def _line(self) -> dict[str, Any]:
-        line = self._process.stdout.readline() if self._process.stdout is not None else ""
-        if not line:
-            raise SplitveilError("the demo's server process ended early; its message is above")
-        parsed: dict[str, Any] = json.loads(line)
-        return parsed
+        return _parsed(self._process.stdout.readline() if self._process.stdout is not None else "")
+
+
+def _parsed(line: str) -> dict[str, Any]:
+    if not line:
+        raise SplitveilError("the demo's server process ended early; its message is above")
+    parsed: dict[str, Any] = json.loads(line)
+    return parsed
 
 
 @contextlib.contextmanager

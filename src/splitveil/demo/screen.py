@@ -70,8 +70,9 @@ def _facts(d: Demonstration) -> list[tuple[str, str]]:
         ),
         (
             "rows used",
-            f"{d.rows_used} of d = {d.width} in every layer (prompt {d.prompt_tokens}, answer {len(d.private.tokens)})"
-            + (": [red]past d[/red]" if d.rows_used >= d.width else ""),
+            f"this conversation: {d.rows_used} of d = {d.width} (prompt {d.prompt_tokens}, answer "
+            f"{len(d.private.tokens)}); this session: {d.rows_in_all}"
+            + (", [red]past d[/red]" if d.rows_in_all >= d.width else ""),
         ),
         (
             "",

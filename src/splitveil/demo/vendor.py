@@ -8,6 +8,7 @@ what it received. A vendor's own server keeps nothing of the kind.
 
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 from splitveil.adapters import load_adapter
@@ -24,13 +25,14 @@ class Witness:
 
     def __init__(self) -> None:
         self.queries = 0
-        self.rows = 0
+        self.rows: Counter[int] = Counter()
+        """By layer."""
         self.kept = bytearray()
 
     def saw(self, adapter: str, query: codec.Query) -> None:
         """One more query."""
         self.queries += 1
-        self.rows += query.rows
+        self.rows.update(dict.fromkeys(query.layers, query.rows))
         if len(self.kept) < KEPT:
             self.kept += query.data
 
@@ -44,7 +46,8 @@ def main() -> None:
         print(json.dumps({"address": server.address, "published": len(adapter.published)}), flush=True)  # noqa: T201
         sys.stdin.readline()
         seen_file.write_bytes(bytes(witness.kept))
-        print(json.dumps({"queries": witness.queries, "rows": witness.rows}), flush=True)  # noqa: T201
+        most = max(witness.rows.values(), default=0)
+        print(json.dumps({"queries": witness.queries, "rows_of_a_layer": most}), flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from splitveil.adapters import Adapter
 from splitveil.errors import ConfigurationError
 from splitveil.extraction.target import Target, publish_target
 from splitveil.extraction.through import served
-from splitveil.extraction.worth import Perplexity, Text, perplexity
+from splitveil.extraction.worth import Perplexity, Text, perplexity, share_lost
 from splitveil.private.leakage import Channel, peak_ratio, rows_until
 from splitveil.private.published import MAX_NOISE
 
@@ -26,6 +26,9 @@ class Dial:
     perplexity: Perplexity
     lost: float
     """Share of the adapter's gain in perplexity that the noise costs."""
+    low: float
+    high: float
+    """Its interval of 95 %, over windows of the text, each with and without the noise."""
     rows: tuple[int | None, int | None, int | None]
     """Rows after which the best known attack is expected within 10 %, within 1 %, and exact, at the layer learned
     first; None where that is beyond what is searched."""
@@ -61,7 +64,8 @@ class Calibration:
             else f"the next louder noise measured, {beyond.noise:.3g}, costs {100 * beyond.lost:.1f} %"
         )
         return (
-            f"Proposed: --noise {found.noise:.3g}. It costs {100 * found.lost:.1f} % of the adapter's gain (allowed: "
+            f"Proposed: --noise {found.noise:.3g}. It costs {100 * found.lost:.1f} % of the adapter's gain "
+            f"({100 * found.low:.1f} – {100 * found.high:.1f} % over windows of text; allowed: "
             f"{100 * self.fraction:.3g} %); {more}. It buys little: the best known attack needs {found.shown(0)} rows "
             f"for an error of 10 %, {found.shown(1)} for 1 % and {found.shown(2)} for the exact weights, where without "
             f"noise it needs {quiet.shown(0)}, {quiet.shown(1)} and {quiet.shown(2)}. A row is a token of one client."
@@ -79,6 +83,8 @@ def calibrate(
 ) -> Calibration:
     """Perplexity of held-out ``text`` by noise, and the largest noise within ``fraction`` of the adapter's gain.
 
+    ``grid`` is where to begin, 0 always among it: it is prolonged and refined around the proposal.
+
     Raises ``ConfigurationError`` where the adapter does not gain anything on this text: then no noise has a price.
     """
     if not 0 < fraction < 1:
@@ -92,15 +98,14 @@ def calibrate(
             return target, perplexity(model, text)
 
     quiet, best = measure(0.0)
-    gain = base.value - best.value
-    if not gain > 0:
+    if not base.value > best.value:
         raise ConfigurationError(
             f"the adapter gains nothing on this text (perplexity {base.value:.2f} without it, {best.value:.2f} with "
             "it); give text of the kind that it was trained for"
         )
 
     def dial(noise: float, target: Target, found: Perplexity) -> Dial:
-        return Dial(noise, found, (found.value - best.value) / gain, rows_needed(target))
+        return Dial(noise, found, *share_lost(base, best, found), rows_needed(target))
 
     dials = [dial(0.0, quiet, best)]
     dials += [dial(noise, *measure(noise)) for noise in sorted(set(grid) - {0.0})]

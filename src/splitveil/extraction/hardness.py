@@ -1,12 +1,12 @@
 """Hardness of every parameter set, by problem, attack and cost model."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from splitveil.lattice.hardness import LweInstance, dual, primal
-from splitveil.lattice.parameters import DEFAULT, INSECURE_TEST, REQUIRED_BITS, ParameterSet, Q
+from splitveil.lattice.hardness import Hardness, LweInstance, estimate
+from splitveil.lattice.parameters import INSECURE_PREFIX, REQUIRED_BITS, ParameterSet, Q, parameter_sets
+from splitveil.private import ckks_parameters
 
-SETS = (DEFAULT, INSECURE_TEST)
 METHODS = {
     "primal": "uSVP in Bai and Galbraith's embedding, 2016 estimate (ADPS16 §6.3, AGVW17)",
     "dual": "distinguishing with all short vectors of one sieve (ADPS16 §6.4)",
@@ -23,7 +23,6 @@ class Line:
 
     parameters: str
     problem: str
-    instance: LweInstance
     attack: str
     block_size: int
     bits_core_svp: float
@@ -42,19 +41,30 @@ def problems(parameters: ParameterSet) -> tuple[tuple[str, LweInstance], ...]:
     return (("query", query), ("hint", hint), ("answers to random queries", answers))
 
 
-def lines(sets: Iterable[ParameterSet] = SETS) -> list[Line]:
-    """Every set, problem and attack. Takes milliseconds."""
+def lines() -> list[Line]:
+    """Every set of the lattice engine, then the sealed engine's, by problem and attack. Takes milliseconds."""
+    found: list[tuple[str, str, Hardness]] = [
+        (one.name, name, estimate(instance)) for one in parameter_sets() for name, instance in problems(one)
+    ]
+    found.append((ckks_parameters.NAME, "queries and keys (sealed engine)", ckks_parameters.hardness()))
     return [
-        Line(parameters.name, name, one, found.attack, found.block_size, found.bits_core_svp, found.bits_he_standard)
-        for parameters in sets
-        for name, one in problems(parameters)
-        for found in (primal(one), dual(one))
+        Line(name, problem, one.attack, one.block_size, one.bits_core_svp, one.bits_he_standard)
+        for name, problem, hardness in found
+        for one in (hardness.primal, hardness.dual)
     ]
 
 
-def verdict(parameters: ParameterSet) -> str:
-    """One sentence on a set."""
-    bits = min(line.bits_core_svp for line in lines([parameters]))
-    if parameters.is_insecure:
-        return f"{parameters.name}: {bits:.0f} bits by core-SVP. For tests; it hides nothing."
-    return f"{parameters.name}: {bits:.0f} bits by core-SVP at least, {REQUIRED_BITS:.0f} are required."
+def verdicts(found: Sequence[Line]) -> list[str]:
+    """One sentence on each set: its easiest problem."""
+    least: dict[str, float] = {}
+    for line in found:
+        least[line.parameters] = min(line.bits_core_svp, least.get(line.parameters, line.bits_core_svp))
+    return [_verdict(name, bits) for name, bits in least.items()]
+
+
+def _verdict(name: str, bits: float) -> str:
+    text = f"{name}: {bits:.1f} bits by core-SVP"
+    if bits >= REQUIRED_BITS:
+        return f"{text} at least, {REQUIRED_BITS:.0f} are required."
+    below = f"{text}, below {REQUIRED_BITS:.0f} by core-SVP."
+    return f"{below} For tests; it hides nothing." if name.startswith(INSECURE_PREFIX) else below

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from splitveil.errors import ConfigurationError
 from splitveil.lattice.hardness import LweInstance, estimate
-from splitveil.lattice.parameters import Q
+from splitveil.lattice.parameters import ParameterSet, Q
 from splitveil.lattice.randomness import public_element
 from splitveil.lattice.ring import FixedElement, multiply, reflect
 from splitveil.private.core import core_rms
@@ -31,6 +31,7 @@ I64 = NDArray[np.int64]
 U32 = NDArray[np.uint32]
 MOST_DIMENSIONS = 200
 """Of a lattice that LLL reduces in seconds to minutes."""
+_LLL = 2  # the block size at which BKZ is LLL
 _SHAPE = math.sqrt(2 * math.pi * math.e)  # a normal of deviation σ has log2(σ·√(2πe)) bits
 
 
@@ -142,7 +143,7 @@ def attack_layer(publication: Publication, layer: int) -> I64 | None:
     """
     published = publication.layers[layer]
     parameters = publication.parameters
-    dimension = parameters.ring_degree + published.width + parameters.pad_width + 1
+    dimension = whole_dimension(parameters, published.width)
     if dimension > MOST_DIMENSIONS:
         # With the core known, hence at least this.
         raise ConfigurationError(out_of_reach(dimension, parameters.instances()[1]))
@@ -159,16 +160,27 @@ def attack_layer(publication: Publication, layer: int) -> I64 | None:
     return np.array(found)
 
 
+def whole_dimension(parameters: ParameterSet, width: int) -> int:
+    """Of the lattice with all equations of a hint and all that is unknown in them."""
+    return parameters.ring_degree + width + parameters.pad_width + 1
+
+
 def out_of_reach(dimension: int, instance: LweInstance) -> str:
     """What solving ``instance`` would take."""
+    return (
+        f"out of reach: the lattice has dimension {dimension}, this attack reduces up to {MOST_DIMENSIONS}; "
+        f"estimated: {effort(instance)}"
+    )
+
+
+def effort(instance: LweInstance) -> str:
+    """The cheaper of the primal and the dual attack, in words."""
     hardness = estimate(instance)
     block = min(hardness.primal.block_size, hardness.dual.block_size)
     bits = hardness.bits_core_svp
-    work = "no block size is enough" if math.isinf(bits) else f"block size {block}, {bits:.0f} bits by core-SVP"
-    return (
-        f"out of reach: the lattice has dimension {dimension}, this attack reduces up to {MOST_DIMENSIONS}; "
-        f"estimated: {work}"
-    )
+    if math.isinf(bits):
+        return "no block size is enough"
+    return "LLL is enough" if block == _LLL else f"block size {block}, {bits:.0f} bits by core-SVP"
 
 
 def _reduced(rows: list[list[int]]) -> list[list[int]]:

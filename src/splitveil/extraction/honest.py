@@ -85,17 +85,18 @@ def regress(transcript: Transcript, step: float, basis: F64 | None = None) -> F6
     features = x if basis is None else x @ basis.T
     if basis is not None:
         spread *= math.sqrt(x.shape[1] / len(basis))
-    # Equations of unit noise, unknowns of unit variance.
-    weighted = features * (spread / deviation)[:, None]
-    targets = y / deviation[:, None]
-    if len(weighted) <= weighted.shape[1]:
-        gram = weighted @ weighted.T + np.eye(len(weighted))
-        solution = weighted.T @ np.linalg.solve(gram, targets)
-    else:
-        gram = weighted.T @ weighted + np.eye(weighted.shape[1])
-        solution = np.linalg.solve(gram, weighted.T @ targets)
+    solution = ridge(features * (spread / deviation)[:, None], y / deviation[:, None])
     found: F64 = solution.T * (spread / step)
     return found if basis is None else found @ basis
+
+
+def ridge(features: F64, targets: F64) -> F64:
+    """(k, n): the most likely unknowns of unit variance behind equations (T, k) of unit noise and answers (T, n)."""
+    few = len(features) <= features.shape[1]
+    gram = features @ features.T if few else features.T @ features
+    gram[np.diag_indices(len(gram))] += 1
+    solved = np.linalg.solve(gram, targets if few else features.T @ targets)
+    return np.asarray(features.T @ solved if few else solved, dtype=np.float64)
 
 
 def relative_error(estimate: F64, truth: F64, inputs: F32 | None = None) -> float:

@@ -1,14 +1,11 @@
 """Queries along known directions. Where they are those of A, r rows are enough.
 
-PEFT draws A at random and starts B at 0. Whoever knows A (it was frozen, it belongs to a family of adapters that share
-it, or the seed of the training run was guessed) knows where all rows of the core C = M·A lie; r answers give M. A guess
-is checked by what it predicts of one more answer.
+Whoever knows A as it was trained (it was frozen, published, or belongs to a family of adapters that share it) knows
+where all rows of the core C = M·A lie; r answers give M. Who knows only what A was before training: ``guessed``.
 
 The same queries along the directions in which real activations vary most (``directions``) are the best that is known
 for fewer rows than columns, judged by what the clone does to real text.
 """
-
-import math
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +19,7 @@ F64 = NDArray[np.float64]
 
 
 def row_space(guess: NDArray[np.float32]) -> F64:
-    """An orthonormal basis (r, d) of the rows of a guessed A (r, d)."""
+    """An orthonormal basis (r, d) of the rows of a known or guessed A (r, d)."""
     _, sizes, rows = np.linalg.svd(guess.astype(np.float64), full_matrices=False)
     found: F64 = rows[sizes > 1e-6 * sizes[0]]
     return found
@@ -52,18 +49,3 @@ def known_rows(client: Client, layer: int, rows: int, basis: F64) -> Estimate:
     # answers = (x̂·basisᵀ)·Mᵀ + g, with all of x̂ known.
     mixed, *_ = np.linalg.lstsq(queries.astype(np.float64) @ basis.T, answers, rcond=None)
     return Estimate(mixed.T @ basis, np.full(published.width, rows >= len(basis)), client.rows[layer])
-
-
-def surprise(client: Client, layer: int, estimate: Estimate, rows: int = 8) -> float:
-    """How far an estimate is off in predicting ``rows`` fresh answers: ‖predicted − answered‖/‖answered‖.
-
-    About the noise's share for a right guess at the initialisation, and about 1 for a wrong one.
-    """
-    published = client.layer(layer)
-    size = (HALF - MARGIN * client.sigma(layer)) / (published.norm_bound + 1) / math.sqrt(published.width)
-    # Columns of a Hadamard-like pattern; which ones does not matter, since the core has no reason to avoid them.
-    signs = np.sign(np.sin(np.arange(1, rows + 1)[:, None] * (np.arange(published.width) + 0.5)))
-    queries = np.rint(signs * size).astype(np.int64)
-    answers = client.ask(layer, residues(queries)).astype(np.float64)
-    predicted = queries @ estimate.values.T
-    return float(np.linalg.norm(predicted - answers) / np.linalg.norm(answers))

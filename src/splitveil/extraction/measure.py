@@ -10,9 +10,11 @@ from numpy.typing import NDArray
 
 from splitveil.errors import ConfigurationError
 from splitveil.extraction.chosen import chosen, confirm
+from splitveil.extraction.guessed import Guesses, Recognised, recognise
 from splitveil.extraction.hint import attack_layer
 from splitveil.extraction.honest import converse, regress
 from splitveil.extraction.known import directions, known_rows, row_space
+from splitveil.extraction.prior import informed, root_of_prior, root_of_weight
 from splitveil.extraction.span import outside, span
 from splitveil.extraction.target import Target, errors
 from splitveil.extraction.through import served
@@ -26,7 +28,8 @@ Figure = tuple[float, float, float]
 Measured = dict[str, Figure]
 """Metric to figure. ``error`` is ‖ΔŴ − ΔW‖/‖ΔW‖ of all modules together, ``error:MODULE`` that of one;
 ``error on text`` is the same on activations of held-out text; ``exact`` the share of layers whose integer core the
-attacker recovered and confirmed; ``perplexity`` is of held-out text."""
+attacker recovered and confirmed; ``surprise`` what the best guess at the initial A leaves unexplained, beside that of a
+wrong one; ``perplexity`` is of held-out text."""
 _JUDGED_ROWS = 1024
 DIRECTED_TOKENS = 4096
 
@@ -34,10 +37,11 @@ DIRECTED_TOKENS = 4096
 class Judge:
     """Knows the truth and the held-out text. Windows are the attacker's and the judge's in turn."""
 
-    def __init__(self, model: Any, target: Target, text: Text | None) -> None:
+    def __init__(self, model: Any, target: Target, text: Text | None, guesses: Guesses | None = None) -> None:
         self.model = model
         self.target = target
         self.text = text
+        self._guesses = guesses
 
     @cached_property
     def _halves(self) -> tuple[Text, Text]:
@@ -67,6 +71,13 @@ class Judge:
         mine, _ = self._halves
         found = activations(self.model, mine, self._names, rows)
         return {index: found[name] for index, name in enumerate(self._names)}
+
+    @cached_property
+    def recognised(self) -> Recognised:
+        """The best of the attacker's guesses at the initial A, found once: the same serves every number of rows."""
+        if self._guesses is None:
+            raise ConfigurationError("this attack needs a guess at the initial A; give --initial")
+        return recognise(self.target.client(), self._guesses)
 
     @cached_property
     def _held_out(self) -> dict[str, F32]:
@@ -144,14 +155,35 @@ def directed_queries(judge: Judge, rows: int) -> Measured:
     return judge.judged(cores)
 
 
-def known_initialisation(judge: Judge, rows: int) -> Measured:
-    """(c) With A's row space known exactly, as where A was frozen at its initialisation."""
+def trained_rows(judge: Judge, rows: int) -> Measured:
+    """(c) With the row space of the trained A: where it was frozen or published, or is another adapter's as well."""
     target = judge.target
     client = target.client()
     cores = {
         index: known_rows(client, index, rows, row_space(module.A)).values for index, module in target.first.items()
     }
     return judge.judged(cores)
+
+
+def initial_rows(judge: Judge, rows: int) -> Measured:
+    """(c') With A as PEFT drew it, which training has moved since: a prior on where the core's rows lie, and no more.
+
+    Text, where there is some, says which errors count. To recognise the guess takes r + 8 rows of every layer beyond
+    ``rows``, once. Raises ``ConfigurationError`` where no guess is recognised: then there is nothing to go by.
+    """
+    target, known = judge.target, judge.recognised
+    if known.surprise > known.certain:
+        raise ConfigurationError(
+            f"no initial A is recognised: the best guess, {known.name}, has a surprise of {known.surprise:.3f}; "
+            f"{known.certain:.3f} or less would do, and a wrong one has {known.chance:.3f}"
+        )
+    client, cores = target.client(), {}
+    seen = {} if judge.text is None else judge.foreseen(DIRECTED_TOKENS)
+    for index, layer in enumerate(target.publication.layers):
+        prior = root_of_prior(row_space(known.rows[layer.outputs[0][0]]), known.outside)
+        cores[index] = informed(client, index, rows, prior, root_of_weight(layer.width, seen.get(index)))
+    surprises = {"surprise": known.surprise, "surprise of a wrong guess": known.chance}
+    return {**judge.judged(cores), **{name: (value, math.nan, math.nan) for name, value in surprises.items()}}
 
 
 def span_of_b(judge: Judge, rows: int) -> Measured:

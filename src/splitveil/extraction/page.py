@@ -27,7 +27,9 @@ ATTACKS = {
     "chosen": "Queries of the attacker's choice: columns, then the modular ladder. The core's peak is guessed.",
     "directed": "Chosen queries along the main directions of the public base model's activations.",
     "honest": "The client's own code on real text, and regression on its answers.",
-    "known-A": "The row space of A is known, as where A was frozen at a guessed initialisation.",
+    "trained-A": "The row space of the trained A is known: it was frozen or published, or another adapter shares it.",
+    "initial-A": "A as PEFT drew it is known or guessed by its seed; training has moved it since. A prior, and chosen "
+    "queries. To tell the right guess takes r + 8 rows more.",
     "span": "What the first answers tell of span(B), in any engine.",
     "published": "Lattice reduction on the published half alone.",
 }

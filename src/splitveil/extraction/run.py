@@ -9,15 +9,17 @@ import numpy as np
 
 from splitveil.adapters import Adapter
 from splitveil.errors import ConfigurationError, SplitveilError
+from splitveil.extraction.guessed import Guesses
 from splitveil.extraction.measure import (
     Judge,
     Measured,
     chosen_queries,
     directed_queries,
     honest_text,
-    known_initialisation,
+    initial_rows,
     published_half,
     span_of_b,
+    trained_rows,
 )
 from splitveil.extraction.rows import Row, Store, key_of
 from splitveil.extraction.target import publish_target
@@ -32,7 +34,8 @@ ATTACKS: dict[str, Attack] = {
     "chosen": chosen_queries,
     "directed": directed_queries,
     "honest": honest_text,
-    "known-A": known_initialisation,
+    "trained-A": trained_rows,
+    "initial-A": initial_rows,
     "span": span_of_b,
     "published": published_half,
 }
@@ -41,6 +44,10 @@ ONCE = {"published"}
 FIRST_ROWS = {"span"}
 """Attacks that are about the first r rows only."""
 NEEDS_TEXT = {"directed", "honest", "span"}
+GUESSES = {"initial-A"}
+"""Attacks that depend on what the attacker takes the initial A for."""
+SEEDS = "0-99"
+"""What it tries, if nothing else is said."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,8 @@ class Subject:
     name: str
     digest: str
     """Of base, adapter and text."""
+    initial: str = SEEDS
+    """Where the attacker looks for the initial A: ``guessed.Guesses``."""
 
 
 def default_rows(adapter: Adapter) -> tuple[int, ...]:
@@ -83,6 +92,7 @@ def run(
         raise ConfigurationError(f"no attack {unknown[0]!r}; there are {', '.join(ATTACKS)}")
     if not rows or min(rows) < 1 or not noises or min(noises) < 0:
         raise ConfigurationError("at least one number of rows from 1 on and one noise from 0 on are needed")
+    guesses = Guesses(subject.model, subject.adapter.path, subject.initial)
     store = Store(out)
     kept = store.read()
     done = {row.key for row in kept}
@@ -90,13 +100,14 @@ def run(
     for noise in noises:
         judge: Judge | None = None  # publishing takes a while, and may not be needed
         for attack, count in _plan(subject, chosen, rows):
-            key = key_of(VERSION, subject.digest, attack, count, noise)
+            guessed = [subject.initial] if attack in GUESSES else []
+            key = key_of(VERSION, subject.digest, attack, count, noise, *guessed)
             wanted.append(key)
             if key in done:
                 continue
             watch(f"noise {noise:g}: {attack}, {count} rows" if count else f"noise {noise:g}: {attack}")
             if judge is None:
-                judge = Judge(subject.model, publish_target(subject.adapter, noise), subject.text)
+                judge = Judge(subject.model, publish_target(subject.adapter, noise), subject.text, guesses)
             found = _measure(subject, judge, attack, count, key)
             store.append(found)
             kept += found

@@ -102,6 +102,11 @@ INSECURE_TEST = ParameterSet("insecure_64", ring_degree=64, pad_width=32)
 _KNOWN = {parameters.name: parameters for parameters in (DEFAULT, INSECURE_TEST)}
 
 
+def parameter_sets() -> tuple[ParameterSet, ...]:
+    """All of them, those for tests included: for estimates, not for use."""
+    return tuple(_KNOWN.values())
+
+
 def parameter_set(name: str, *, allow_insecure: bool = False) -> ParameterSet:
     """The set of that name. Raises ``ParameterError`` if unknown, ``InsecureParametersError`` if for tests only."""
     known = _KNOWN.get(name)

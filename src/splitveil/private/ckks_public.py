@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from splitveil.errors import NonFiniteError, ProtocolError
 from splitveil.private.ckks_library import CONJUGATION, STEPS, forms, library
 from splitveil.private.ckks_parameters import FEATURES, INPUT_SCALE, SLOTS, ciphertexts
-from splitveil.private.engine import Mask, NoMask, Pending, Site
+from splitveil.private.engine import WRONG_LENGTH, Mask, NoMask, Pending, Site
 from splitveil.private.published import Publication, PublicLayer
 
 NOT_FINITE = "the input of a private layer is NaN or infinite; an encryption of zero was sent in its place"
@@ -95,7 +95,7 @@ class SealedSite:
     def recover(self, pending: Pending, answer: bytes) -> list[NDArray[np.float32]]:
         """The layers' outputs ΔW·x: (rows, d_out) float32 each."""
         if len(answer) != pending.rows * self.answer_size:
-            raise ProtocolError(f"an answer of {pending.rows * self.answer_size} bytes was expected, got {len(answer)}")
+            raise ProtocolError(WRONG_LENGTH)
         if not pending.finite:
             raise NonFiniteError(NOT_FINITE)
         out, first = [], 0

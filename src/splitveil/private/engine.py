@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 
 from splitveil.private.published import Publication
 
+WRONG_LENGTH = "the server's answer is not as long as an answer to that query is"
+"""One text for every wrong length: what a client says of an answer tells its server nothing."""
+
 
 # Not frozen: one is made for every query, and a frozen one takes three times as long to make.
 @dataclass(slots=True, eq=False)

@@ -10,7 +10,7 @@ from splitveil.lattice import sampling
 from splitveil.lattice.randomness import public_element
 from splitveil.lattice.ring import LANES, FixedElement, Transformed, multiply_add
 from splitveil.private.bound import HALF, budget
-from splitveil.private.engine import Mask, Pending, Site
+from splitveil.private.engine import WRONG_LENGTH, Mask, Pending, Site
 from splitveil.private.kernels import encode_row, inner_products, unmask
 from splitveil.private.masks import OneTimeMask
 from splitveil.private.published import Publication
@@ -129,7 +129,7 @@ class LatticeSite:
     def recover(self, pending: Pending, answer: bytes) -> list[NDArray[np.float32]]:
         """C·x of every layer: (rows, rank) float32 each."""
         if len(answer) != pending.rows * self.answer_size:
-            raise ProtocolError(f"an answer of {pending.rows * self.answer_size} bytes was expected, got {len(answer)}")
+            raise ProtocolError(WRONG_LENGTH)
         if not pending.finite:
             raise NonFiniteError(NOT_FINITE)
         out, first = [], 0

@@ -16,8 +16,9 @@ A column that is not asked for has error 1. Rows that are no multiple of d are s
 ways on the lower convex hull of (rows a column, squared error).
 
 Everything is relative: an error is ‖Ĉ − C‖₂/‖C‖₂ of a core, which is that of ΔW. It is that of an attacker without side
-information. A guessed initialisation of A needs r rows, and who judges a clone on real text alone may be content
-earlier than these figures say: activations of real text lie near a subspace.
+information. Who knows A as it was trained needs r rows, who knows what A was before training gets a little more out of
+few rows, and who judges a clone on real text alone may be content earlier than these figures say: activations of real
+text lie near a subspace.
 """
 
 import math

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from splitveil.errors import NonFiniteError, ProtocolError
 from splitveil.lattice.parameters import INSECURE_TEST
 from splitveil.private.core import LayerSpec, gauged
-from splitveil.private.engine import Mask, NoMask, Pending, Site
+from splitveil.private.engine import WRONG_LENGTH, Mask, NoMask, Pending, Site
 from splitveil.private.published import Publication, PublicLayer
 
 F64 = NDArray[np.float64]
@@ -82,7 +82,7 @@ class PlainSite:
     def recover(self, pending: Pending, answer: bytes) -> list[NDArray[np.float32]]:
         """C·x of every layer: (rows, rank) float32 each."""
         if len(answer) != pending.rows * self.answer_size:
-            raise ProtocolError(f"an answer of {pending.rows * self.answer_size} bytes was expected, got {len(answer)}")
+            raise ProtocolError(WRONG_LENGTH)
         if not pending.finite:
             raise NonFiniteError("the input of a private layer is NaN or infinite")
         out, first = [], 0

@@ -24,6 +24,8 @@ ENGINE_SEALED = "sealed"
 ENGINES = ("lattice", ENGINE_SEALED, "plain")
 MAX_LAYERS = 16384
 MAX_WIDTH = 1 << 17
+MAX_FEATURES = 8 * MAX_WIDTH
+"""Outputs of one module."""
 MAX_RANK = 1 << 17
 MAX_NORM_BOUND = 1 << 20
 MAX_NOISE = 10.0
@@ -193,7 +195,7 @@ def _outputs(entry: dict[str, Any]) -> tuple[tuple[str, int], ...]:
         name, size = output
         if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME or not name.isprintable():
             raise PublicationError(f"publication: a module name is printable and at most {MAX_NAME} characters long")
-        checked.append((name, _integer({"size": size}, "size", 1, 8 * MAX_WIDTH)))
+        checked.append((name, _integer({"size": size}, "size", 1, MAX_FEATURES)))
     return tuple(checked)
 
 

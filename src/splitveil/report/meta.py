@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from splitveil.report.learning import Learnt
 from splitveil.report.prices import Price
 
 SETTINGS = {
@@ -63,6 +64,8 @@ class Meta:
     correlation: tuple[Correlation, ...] = ()
     estimators: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """Estimator → "applies", when its figure may be believed, and "source"."""
+    learning: tuple[Learnt, ...] = ()
+    """How the attackers learnt, where they kept that."""
     settings: Mapping[str, str] = field(default_factory=dict)
     """What else a run was told: prompts, tokens, seed, seconds to learn."""
 
@@ -86,6 +89,7 @@ class Meta:
             defences=_words(meta.get("defences")),
             prices={str(name): Price.of(str(name), price) for name, price in (meta.get("prices") or {}).items()},
             estimators={str(name): _words(info) for name, info in (meta.get("estimators") or {}).items()},
+            learning=tuple(Learnt.of(entry) for entry in meta.get("learning") or ()),
             settings={words: str(meta[name]) for name, words in SETTINGS.items() if name in meta},
             correlation=tuple(_correlation(entry) for entry in meta.get("correlation") or ()),
         )

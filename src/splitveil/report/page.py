@@ -17,6 +17,7 @@ from splitveil.report.by_defence import by_defence
 from splitveil.report.controls import broken, controls
 from splitveil.report.findings import findings
 from splitveil.report.frontier import Panel, marks, panels
+from splitveil.report.learning import lines, still_rising
 from splitveil.report.lines import estimator_words, information, recovery
 from splitveil.report.literature import REFERENCES
 from splitveil.report.measurements import NONE, Measurements, Setting
@@ -89,6 +90,8 @@ def write_report(
             chapters=chapters,
             costs=tables.costs(m, costs) if costs else [],
             cost_titles=costs,
+            learnt=lines(about.learning),
+            still_rising=still_rising(about.learning),
             failures=m.failures(),
             inapplicable=m.inapplicable(),
             references=REFERENCES,

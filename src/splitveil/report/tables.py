@@ -15,7 +15,7 @@ METRICS = {
     "rouge_l": "ROUGE-L F",
     "bleu": "BLEU",
     "exact_match": "Exact match",
-    "cosine": "Cosine",
+    "cosine": "Cosine of mean embeddings",
     "personal_recall": "Personal data",
     "personal_characters": "… its characters",
 }

@@ -65,13 +65,14 @@ def verdict(m: Measurements, meta: Meta, invalid: list[str]) -> Verdict:
         return Verdict("void", "Nothing was measured.", text, [])
     top = max(found, key=lambda b: b.cell.value)
     level, headline = _headline(found, top)
+    advice = _advice(m, found)
     answers = [
         Answer("What leaks", _what(m, found)),
         Answer("Where", _where(found, meta)),
         Answer("To whom", _whom(m, meta.attacks)),
-        Answer("What to do", _advice(m, found)),
+        Answer("What to do", advice),
     ]
-    return Verdict(level, headline, _lead(m, top), answers)
+    return Verdict(level, headline, f"{_lead(top, meta.attacks)} {advice[0]}", answers)
 
 
 def block(cut: int) -> str:
@@ -95,13 +96,14 @@ def _headline(found: list[Best], top: Best) -> tuple[str, str]:
     return "some", "What crosses gives away a little of the text."
 
 
-def _lead(m: Measurements, top: Best) -> str:
-    share = in_prose(top.cell.value)
-    text = f"{block(top.cut).capitalize()}, {share} of the tokens of {top.setting.data} are recovered ({top.attack})"
-    closed = _closing(m)
-    if closed:
-        text += f"; with {_spoken(closed)}, every attack is at the floor: no better than guessing"
-    return text + "."
+def _lead(top: Best, attacks: Mapping[str, AttackInfo]) -> str:
+    """What leaks, where and to whom, in one sentence: on a small screen the answers come later."""
+    share, whom = in_prose(top.cell.value), ""
+    if top.leaks and top.attack in attacks:
+        tier = _tier(attacks[top.attack].needs)
+        whom = " by anyone " + next(words for need, words in TIERS if need == tier).partition(" (")[0]
+    where = block(top.cut).capitalize()
+    return f"{where}, {share} of the tokens of {top.setting.data} are recovered{whom} ({top.attack})."
 
 
 def _what(m: Measurements, found: list[Best]) -> list[str]:
@@ -155,7 +157,10 @@ def _advice(m: Measurements, found: list[Best]) -> list[str]:
     closed = _closing(m)
     sentences = []
     if closed:
-        sentences.append(f"Send {_spoken(closed)} instead: every attack that works without it is at the floor with it.")
+        sentences.append(
+            f"Send {_spoken(closed)} instead: with it, every attack that works without is at the floor, no better than "
+            "guessing."
+        )
     for defence in m.defences:
         if defence == NONE or defence in closed:
             continue

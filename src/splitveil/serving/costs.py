@@ -6,7 +6,7 @@ from typing import Any
 
 from splitveil.adapters import Adapter
 from splitveil.lattice.parameters import DEFAULT, ParameterSet
-from splitveil.serving.publishing import layer_specs
+from splitveil.serving.publishing import check_accepted, layer_shape, layer_specs
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,15 @@ class Cost:
 
 
 def cost_of(adapter: Adapter, parameters: ParameterSet = DEFAULT) -> Cost:
-    """What serving ``adapter`` would cost under ``parameters``; ``publication_bytes`` leaves out a small header."""
+    """What serving ``adapter`` would cost under ``parameters``; ``publication_bytes`` leaves out a small header.
+
+    Raises ``UnsupportedAdapterError`` for an adapter that clients would not accept.
+    """
     specs = layer_specs(adapter.modules)
     kinds: dict[tuple[str, int, int], list[int]] = defaultdict(list)
     for module in adapter.modules:
         kinds[module.name.rpartition(".")[2], module.d_in, module.d_out].append(module.rank)
-    ranks = [spec.A.shape[0] if spec.B is None else min(spec.B.shape) for spec in specs]
-    widths = [spec.A.shape[1] for spec in specs]
-    features = [sum(size for _, size in spec.outputs) for spec in specs]
+    widths, ranks, _ = zip(*(layer_shape(spec) for spec in specs), strict=True)
     parents = {(spec.outputs[0][0].rpartition(".")[0], width) for spec, width in zip(specs, widths, strict=True)}
     return Cost(
         kinds=tuple(
@@ -54,7 +55,7 @@ def cost_of(adapter: Adapter, parameters: ParameterSet = DEFAULT) -> Cost:
         ),
         modules=len(adapter.modules),
         rows=sum(ranks),
-        publication_bytes=sum(4 * r * (parameters.ring_degree + m) for r, m in zip(ranks, features, strict=True)),
+        publication_bytes=check_accepted(str(adapter.path), specs, parameters=parameters),
         sent_bytes=sum(4 * parameters.query_width(width) for width in widths),
         sent_bytes_grouped=sum(4 * parameters.query_width(width) for _, width in parents),
         received_bytes=sum(4 * rank for rank in ranks),

@@ -201,7 +201,7 @@ class Adapter:
             core = self._receive(flight)[m.layer].to(output.device)
             flat = output.detach().reshape(-1, output.shape[-1]).float()
             rows = self._rows_of_q(m, output.device)
-            total = flat + core[:, m.first : m.first + m.features] if rows is None else torch.addmm(flat, core, rows)
+            total = flat + core[:, m.first : m.first + m.features] if rows is None else _added(flat, core, rows)
             return total.to(output.dtype).reshape(output.shape)
 
         return add
@@ -283,6 +283,13 @@ class Adapter:
             part = torch.from_numpy(q[m.first : m.first + m.features])
             self._fused[key] = part.T.contiguous().to(device)
         return self._fused[key]
+
+
+def _added(flat: torch.Tensor, core: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """``flat`` + ``core``·``rows`` in float32, also under autocast: it leaves calls with ``out`` as they are."""
+    if torch.is_autocast_enabled(flat.device.type):
+        return torch.addmm(flat, core, rows, out=torch.empty_like(flat))
+    return torch.addmm(flat, core, rows)
 
 
 def _rows(x: torch.Tensor) -> F32:

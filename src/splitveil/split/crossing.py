@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from splitveil.errors import ConfigurationError
+from splitveil.errors import ConfigurationError, NonFiniteError
 
 
 @dataclass(frozen=True, repr=False)
@@ -50,6 +50,11 @@ class Crossing:
     @property
     def width(self) -> int:
         return self.hidden.shape[2]
+
+    def check_finite(self) -> None:
+        """Raises ``NonFiniteError`` where the state of a text position is NaN or infinite."""
+        if not bool(self.hidden[self.text].isfinite().all()):
+            raise NonFiniteError("a hidden state of a text is NaN or infinite; are there NaNs in the model's weights?")
 
     def rows(self, start: int, stop: int) -> "Crossing":
         """The prompts ``start`` to ``stop`` of the batch."""

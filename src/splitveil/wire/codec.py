@@ -20,7 +20,8 @@ METHOD = "/splitveil.v1.PrivateAdapter/Session"
 SERVER = ""
 COMMAND = "splitveil serve"
 
-MAX_PUBLICATION = 1 << 30
+MAX_PUBLICATION = 4 << 30
+"""Bytes. Rank 64 on every linear module of a 70B model takes 1.9 GiB; what a server sends, a client holds in memory."""
 MAX_KEYS = 64 << 20
 """Bytes of the keys that one session uploads."""
 CHUNK = 1 << 20
