@@ -16,6 +16,7 @@ from splitveil.errors import ProtocolError, SplitveilError
 from splitveil.lattice import sampling
 from splitveil.lattice.parameters import ParameterSet
 from splitveil.lattice.ring import FixedElement, reflect
+from splitveil.private.engine import WRONG_LENGTH
 from splitveil.private.lattice_public import LatticePublic, LatticeSite
 from splitveil.private.lattice_served import LatticeServed, _SecretLayer, hints
 from splitveil.private.masks import OneTimeMask
@@ -130,7 +131,7 @@ def is_refused(setup: Setup, patch: pytest.MonkeyPatch) -> None:
     _, pending = setup.site.query(np.array([setup.vector["x"]], dtype=np.float32), [OneTimeMask(mask, corrections)])
     query, answer = (bytes.fromhex(setup.vector[name]) for name in ("query", "answer"))
     if len(answer) != setup.site.answer_size:
-        with pytest.raises(ProtocolError, match="an answer of 12 bytes"):
+        with pytest.raises(ProtocolError, match=f"^{WRONG_LENGTH}$"):
             setup.site.recover(pending, answer)
     else:
         with pytest.raises(ProtocolError, match="the query's length"):
