@@ -27,7 +27,7 @@ demo: setup
 
 # One worker a core, one torch thread a worker.
 test: setup
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --durations=25
 
 check: setup
 	$(BIN)/ruff check .

@@ -1,21 +1,24 @@
 """A model of ChatGLM2-6B's shape with a private LoRA adapter of rank 8 on query_key_value, beside plaintext PEFT.
 
-    python benchmarks/chatglm.py                        28 blocks in bfloat16 on the CPU: 17 GB of memory, 15 minutes
+    python benchmarks/chatglm.py                        28 blocks in bfloat16 on the CPU: 17 GB of memory, half an hour
     python benchmarks/chatglm.py --blocks 2             a small one
     python benchmarks/chatglm.py --device cuda          the client's base model on an accelerator
 
 Weights are random: times do not depend on them. The adapter is made under the original names and goes through
-``splitveil convert``; the server is another process on this machine. Private and plaintext take turns; medians and
-ratios are printed. In a *burst* the masks are ready; *sustained* is many times what the mask pool holds. Of a private
-token: what encryption, the wait for answers (network and server, as far as the base product has not covered them) and
-recovery take on the thread that generates. Then the private layers of a token by themselves, on one core.
+``splitveil convert``; the server is another process on this machine. In a *burst* the masks are ready; *sustained* is
+many times what the mask pool holds, in one go. Each run stands between two of plaintext, so that a slow moment of the
+machine meets both. Of a private token: what encryption, the wait for answers
+(network and server, as far as the base product has not covered them) and recovery take on the thread that generates,
+and what the server says it took. Then the private layers of a token by themselves, on one core.
 """
 
 import argparse
 import datetime
 import json
+import socket
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,8 +61,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--burst", type=int, default=16, help="tokens for which masks are ready; the pool holds them")
-    parser.add_argument("--sustained", type=int, default=4, help="times the pool's masks, in one go")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--sustained", type=int, default=4, help="times the pool's masks, in one go; 0 for none")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -70,14 +73,16 @@ def main() -> None:
         size = sum(p.numel() * p.element_size() for p in private.parameters())
         count = sum(p.numel() for p in private.parameters())
         print(f"{count / 1e9:.2f} billion parameters, {size / 2**30:.1f} GiB, {options.blocks} blocks\n")
-        with served(adapter) as address:
+        metrics = f"127.0.0.1:{free_port()}"
+        with served(adapter, "--metrics", metrics) as address:
             pool = options.burst * options.blocks * mask_bytes()
             connect(private, address, "bench", pool_bytes=pool)
             try:
-                measured = in_turn(private, plaintext, options)
+                watched = Watched(metrics)
+                measured = in_turn(private, plaintext, watched, options)
             finally:
                 disconnect(private)
-    report(measured, options)
+    report(measured, watched)
     del private, plaintext
     alone(options.blocks)
 
@@ -187,76 +192,121 @@ class Parts:
         return {name: 1e3 * float(np.median([token.get(name, 0.0) for token in self.tokens])) for name in names}
 
 
-def decode(model: Any, count: int, device: str, each: Callable[[], None] = lambda: None) -> list[float]:
-    """Seconds of greedy tokens, one by one after a fixed prompt."""
+def tokens(model: Any, device: str) -> Iterator[float]:
+    """Seconds of greedy tokens, one by one after a fixed prompt, without end. The prompt's come first."""
     ids = torch.arange(1, PROMPT + 1, device=device).reshape(1, -1)
-    seconds = []
-    with torch.inference_mode():
-        output = model(input_ids=ids, use_cache=True)
-        each()
-        for _ in range(count):
-            ids = output.logits[:, -1:].argmax(-1)
-            if device != "cpu":
-                torch.cuda.synchronize()
+    cache = None
+    while True:
+        with torch.no_grad():  # as generate() has it
             begun = time.perf_counter()
-            output = model(input_ids=ids, past_key_values=output.past_key_values, use_cache=True)
+            output = model(input_ids=ids, past_key_values=cache, use_cache=True)
+            ids, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
             if device != "cpu":
                 torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - begun)
-            each()
-    return seconds
+        yield time.perf_counter() - begun
 
 
-def in_turn(private: Any, plaintext: Any, options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds a token: private in bursts and sustained, plaintext beside each, the base alone; and parts, and bytes."""
-    device, found = (
-        options.device,
-        {"burst": [], "beside burst": [], "sustained": [], "beside sustained": [], "base": []},
-    )
+def decode(model: Any, count: int, device: str, each: Callable[[], None] = lambda: None) -> list[float]:
+    """Seconds of ``count`` tokens after the prompt, in one go; ``each`` is called after every one, the prompt too."""
+    running, seconds = tokens(model, device), []
+    for _ in range(count + 1):
+        seconds.append(next(running))
+        each()
+    return seconds[1:]
+
+
+def in_turn(private: Any, plaintext: Any, watched: "Watched", options: argparse.Namespace) -> dict[str, Any]:
+    """Runs of private tokens, bursts and sustained, each between two runs of plaintext; and the base model alone."""
+    device, adapter = options.device, connection(private)
     decode(private, 2, device)
     decode(plaintext, 2, device)
-    adapter = connection(private)
-    pool, parts = adapter.pool, Parts()
-    long = options.sustained * pool.rows_per_site
-    print(f"the pool holds masks for {pool.rows_per_site} tokens; sustained: {long} tokens")
-    traffic = adapter.session.traffic
-    used = 0
-    for _ in range(options.rounds):
-        pool.fill()
-        # The prompt's own rows come out of the same pool, so it is filled once more behind it.
-        found["burst"] += decode(private, options.burst, device, each_filled(pool))
-        found["beside burst"] += decode(plaintext, options.burst, device)
-        before = traffic.sent + traffic.received
-        with parts.on(adapter):
-            found["sustained"] += decode(private, long, device, parts.token)
-        used += traffic.sent + traffic.received - before
-        found["beside sustained"] += decode(plaintext, long, device)
-        base = plaintext.get_base_model()
-        with plaintext.disable_adapter():
-            found["base"] += decode(base, options.burst, device)
-    return found | {"parts": parts.medians(), "bytes": used / options.rounds / (long + PROMPT)}
+    long = options.sustained * adapter.pool.rows_per_site
+    print(f"the pool holds masks for {adapter.pool.rows_per_site} tokens; sustained: {long} tokens in one go")
+    todo = [adapter.pool.fill]
 
-
-def each_filled(pool: Any) -> Callable[[], None]:
-    """Fills the pool after the prompt, and only then."""
-    todo = [pool.fill]
-
-    def fill() -> None:
-        if todo:
+    def filled() -> None:
+        """Once, behind the prompt, whose own rows come out of the same pool."""
+        while todo:
             todo.pop()()
 
-    return fill
+    def burst() -> list[float]:
+        todo[:] = [adapter.pool.fill]
+        return decode(private, options.burst, device, filled)
+
+    def sustained() -> list[float]:
+        with watched.on(adapter):
+            return decode(private, long, device, watched.token)
+
+    found: dict[str, Any] = {"base": [], "tokens": options.rounds * (long + PROMPT)}
+    for kind, run, count in (("burst", burst, options.burst), ("sustained", sustained, long // 2)):
+        if not count:
+            continue
+        found[f"beside {kind}"] = [decode(plaintext, count, device)]
+        found[kind] = []
+        for _ in range(options.rounds):
+            found[kind].append(run())
+            found[f"beside {kind}"].append(decode(plaintext, count, device))
+    with plaintext.disable_adapter():
+        found["base"] = decode(plaintext.get_base_model(), 2 * options.burst, device)
+    return found
 
 
-def report(found: dict[str, Any], options: argparse.Namespace) -> None:
-    ms = {name: 1e3 * float(np.median(found[name])) for name in found if name not in ("parts", "bytes")}
-    print("\n| | private ms/token | plaintext PEFT ms/token | private ÷ plaintext |\n|---|---|---|---|")
-    for name in ("burst", "sustained"):
-        beside = ms[f"beside {name}"]
-        print(f"| {name} | {ms[name]:.1f} | {beside:.1f} | {ms[name] / beside:.3f} |")
-    print(f"\nthe base model alone {ms['base']:.1f} ms/token; {found['bytes']:,.0f} bytes a token, both ways")
-    print("of a sustained private token, on the generating thread, ms:", end=" ")
-    print(", ".join(f"{name} {value:.2f}" for name, value in found["parts"].items()))
+class Watched:
+    """Where the time of sustained private tokens goes, and their bytes."""
+
+    def __init__(self, metrics: str) -> None:
+        self.parts = Parts()
+        self.bytes = 0
+        self.server = 0.0
+        self.token = self.parts.token
+        self._metrics = metrics
+
+    @contextmanager
+    def on(self, adapter: Any) -> Iterator[None]:
+        traffic = adapter.session.traffic
+        before, server = traffic.sent + traffic.received, self._answering()
+        with self.parts.on(adapter):
+            yield
+        self.bytes += traffic.sent + traffic.received - before
+        self.server += self._answering() - server
+
+    def _answering(self) -> float:
+        """Seconds that the server has spent between queries' arrivals and their answers, from its own metrics."""
+        with urllib.request.urlopen(f"http://{self._metrics}/metrics", timeout=10) as page:
+            lines = page.read().decode().splitlines()
+        (line,) = (line for line in lines if line.startswith("splitveil_answer_seconds_sum"))
+        return float(line.split()[-1])
+
+
+def report(found: dict[str, Any], watched: Watched) -> None:
+    print(
+        "\n| | private ms/token | plaintext PEFT ms/token | private ÷ plaintext, median | runs |\n|---|---|---|---|---|"
+    )
+    for kind in ("burst", "sustained"):
+        runs, beside = ([1e3 * float(np.median(run)) for run in found.get(f"{of}{kind}", [])] for of in ("", "beside "))
+        if not runs:
+            continue
+        # A run's own moment of the machine is that of the runs before and after it.
+        ratios = [2 * run / (beside[i] + beside[i + 1]) for i, run in enumerate(runs)]
+        print(
+            f"| {kind} | {np.median(runs):.1f} | {np.median(beside):.1f} | {np.median(ratios):.3f} | "
+            f"{', '.join(f'{ratio:.3f}' for ratio in ratios)} |"
+        )
+    print(f"\nthe base model alone {1e3 * np.median(found['base']):.1f} ms/token")
+    if not watched.bytes:
+        return
+    parts, server = watched.parts.medians(), 1e3 * watched.server / found["tokens"]
+    print(f"{watched.bytes / found['tokens']:,.0f} bytes a token, both ways")
+    print("of a sustained private token, on the generating thread, ms: ", end="")
+    print(", ".join(f"{name} {value:.2f}" for name, value in parts.items()))
+    print(f"in the server, from a query's arrival until its answer is ready, ms a token: {server:.2f}; the rest of")
+    print("the way to it and back is hidden behind the base product, or is in the waiting\n")
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port: int = listening.getsockname()[1]
+        return port
 
 
 def alone(blocks: int) -> None:

@@ -206,6 +206,8 @@ def table(model: str, data: str, block: int, report: Any, rows: list[dict[str, A
     for mark in sorted(found, key=lambda mark: -mark.cell.value):
         print(line(mark, meta, data, block))
     print()
+    if any(mark.defence == "encrypted" for mark in found):
+        print("- encrypted: bytes and time are of the query to one private layer; an adapter of n layers sends n\n")
     for row in report.scores:
         if row.error is not None:
             print(f"- not measured: {row.defence}, {row.attack}: {row.error}")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -54,6 +55,18 @@ def tiny_model(seed: int = 0) -> LlamaForCausalLM:
         eos_token_id=None,
     )
     return LlamaForCausalLM(config).eval()
+
+
+def lora(folder: Path, size: float, model: Any = None, seed: int = 0) -> Path:
+    """A PEFT folder of an adapter of the first block, by default of the tiny model; ``size`` is how large its B is."""
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=r".*layers\.0\..*(q_proj|v_proj|down_proj)")
+    adapted = get_peft_model(model or tiny_model(), config)
+    torch.manual_seed(seed)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, size)
+    adapted.save_pretrained(folder)
+    return folder
 
 
 def save_tiny(folder: Path) -> Path:

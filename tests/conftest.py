@@ -1,8 +1,14 @@
-"""For all tests: what a server keeps between starts goes into a folder of the tests' own."""
+"""For all tests: one thread each, and what a server keeps between starts goes into a folder of the tests' own."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
+
+# Before torch and numpy are there, for the processes that tests start, too. Workers with more threads than one wait for
+# each other's: of two on two cores, tests of learning took twice as long.
+for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(name, "1")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -26,6 +26,7 @@ from auditing_support import (
     Fake,
     create_attack,
     create_defence,
+    lora,
     save_tiny,
     tiny_model,
     tiny_tokenizer,
@@ -255,6 +256,27 @@ def test_rows_are_those_of_a_local_run(apart: str, tmp_path: Path) -> None:
     assert names[0] == names[1]
 
 
+@pytest.mark.parametrize("knows", ["base", "personal"])
+def test_personalised_devices_and_crossing_gradients_are_those_of_a_local_run(
+    connected: str, tmp_path: Path, knows: str
+) -> None:
+    how: dict[str, Any] = {
+        "cuts": (1,),
+        "attacks": ("nearest", "gradient", "search"),
+        "personal": lora(tmp_path / "mine", 0.3),
+        "attacker_knows": knows,
+        "training": True,
+        "create_attack": catalogue.create,
+        "steps": 5,
+    }
+    here, there = run(**how), run(**how, ray=connected)
+    assert not [row.error for row in there.rows if row.error]
+    assert plain(here.rows) == plain(there.rows)
+    read = {row.attack: row.value for row in there.scores}
+    assert read["gradient"] > 0.5
+    assert (read["search"] > 0.99) == (knows == "personal"), "the workers' device half is the one that was said"
+
+
 def test_a_killed_worker_loses_no_row(connected: str, marks: Path, tmp_path: Path) -> None:
     (marks / "wait").touch()
     killed: list[int] = []
@@ -342,6 +364,16 @@ def test_failures_are_error_rows_and_defects_stop(connected: str, tmp_path: Path
         run(tmp_path, cuts=(0,), attacks=("fake", "defective"), ray=connected)
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert "defective" not in {row["attack"] for row in rows}
+
+
+def test_a_worker_with_other_software_refuses_before_it_reads_anything() -> None:
+    class Unread:
+        def __getitem__(self, _: object) -> Any:
+            raise AssertionError("the grid was fetched")
+
+    expected = cluster_module.versions() | {"torch": "0.0"}
+    with pytest.raises(VersionError, match=r"a worker has other software: torch .*, here 0\.0"):
+        distributed.measure_unit("a run", Unread(), None, None, expected, 1)  # type: ignore[arg-type]
 
 
 def test_other_software_is_refused_before_anything_is_measured(

@@ -9,10 +9,9 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from auditing_support import SHADOW, VICTIMS, Fake, create_attack, save_tiny, tiny_model, tiny_tokenizer
+from auditing_support import SHADOW, VICTIMS, Fake, create_attack, lora, save_tiny, tiny_model, tiny_tokenizer
 from click.testing import CliRunner
 from equivalence.support import random_model, random_prompts, tiny_llama
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -32,18 +31,6 @@ from splitveil.split.personal import personalised
 
 MODEL, TOKENIZER = tiny_model(), tiny_tokenizer()
 CUT = 1
-
-
-def lora(folder: Path, size: float, seed: int = 0, model: Any = MODEL) -> Path:
-    """A PEFT folder of an adapter of the first block; ``size`` is how large its B is."""
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=r".*layers\.0\..*(q_proj|v_proj|down_proj)")
-    adapted = get_peft_model(tiny_model() if model is MODEL else random_model(model), config)
-    torch.manual_seed(seed)
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(0, size)
-    adapted.save_pretrained(folder)
-    return folder
 
 
 class Spy(Fake):
@@ -198,7 +185,7 @@ def test_the_search_claims_nothing_that_is_wrong_where_the_device_is_another(tmp
     """Certified tokens are right, however far the victims' device half is from the one that is searched."""
     shape = tiny_llama()
     base = random_model(shape)
-    own = personalised(base, lora(tmp_path / "personal", size, model=shape))
+    own = personalised(base, lora(tmp_path / "personal", size, random_model(shape)))
     tokens = random_prompts(base, 6, 12)
     certified, right = {}, 0
     for spec in ("none", "int8", "int4", "gaussian:0.05"):

@@ -1,7 +1,8 @@
 """Whole tokens: decoding with a private adapter beside plaintext PEFT, unmerged and merged, over a socket.
 
 The server runs in another process on the same cores. Three states of the mask pool are told apart: *cold* (empty at the
-start), *burst* (full at the start), and *sustained* (at least four times the pool's capacity in one go).
+start), *burst* (full behind the prompt), and *sustained* (five times the pool's capacity in one go). A sustained run is
+compared with the plaintext runs before and after it: what slows the machine for a while slows both.
 """
 
 import contextlib
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ import torch
 from splitveil.serving.connect import connect, connection, disconnect
 
 PROMPT = 16
-BURST = 48
 COLD = 16
+POOL_BYTES = 13 << 18
+"""Masks for sixteen tokens: small, so that a sustained run is short and can be repeated often."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class DecodeResult:
 
     dtype: str
     tokens: int
+    """Of a sustained run."""
     pool_rows: int
     private_ms: float
     unmerged_ms: float
@@ -39,6 +42,9 @@ class DecodeResult:
     bytes_per_token: float
     identical: float
     """Share of the sustained run's tokens that equal the unmerged run's."""
+    to_unmerged: list[float]
+    """Of every sustained run: private ÷ unmerged."""
+    to_merged: list[float]
 
 
 def qwen2_half_billion(dtype: torch.dtype, weights: dict[str, torch.Tensor] | None = None) -> Any:
@@ -77,12 +83,13 @@ def with_adapter(model: Any, rank: int, targets: list[str]) -> Any:
     return adapted.eval()
 
 
-def decode(model: Any, count: int) -> tuple[list[float], list[int]]:
+def decode(model: Any, count: int, behind_prompt: Callable[[], None] = lambda: None) -> tuple[list[float], list[int]]:
     """Greedy tokens one by one after a fixed prompt: seconds of each, and the tokens."""
     ids = torch.arange(1, PROMPT + 1).reshape(1, -1)
     seconds, tokens = [], []
-    with torch.inference_mode():
+    with torch.no_grad():  # as generate() has it
         output = model(input_ids=ids, use_cache=True)
+        behind_prompt()
         for _ in range(count):
             ids = output.logits[:, -1:].argmax(-1)
             tokens.append(int(ids))
@@ -92,7 +99,7 @@ def decode(model: Any, count: int) -> tuple[list[float], list[int]]:
     return seconds, tokens
 
 
-def measure(dtype: torch.dtype, *, pool_bytes: int = 12 << 20, rounds: int = 2, threads: int = 2) -> DecodeResult:
+def measure(dtype: torch.dtype, *, rounds: int = 5, threads: int = 2) -> DecodeResult:
     """Measures one dtype: private, unmerged and merged in turn, ``rounds`` times."""
     torch.set_num_threads(threads)
     private = qwen2_half_billion(dtype)
@@ -102,38 +109,46 @@ def measure(dtype: torch.dtype, *, pool_bytes: int = 12 << 20, rounds: int = 2, 
     with tempfile.TemporaryDirectory() as folder:
         unmerged.save_pretrained(folder)
         with served(Path(folder)) as address:
-            return _in_turn(private, unmerged, merged, address, pool_bytes, rounds, dtype)
+            return _in_turn(private, unmerged, merged, address, rounds, dtype)
 
 
-def _in_turn(
-    private: Any, unmerged: Any, merged: Any, address: str, pool_bytes: int, rounds: int, dtype: torch.dtype
-) -> DecodeResult:
-    connect(private, address, "bench", pool_bytes=pool_bytes)
+def _in_turn(private: Any, unmerged: Any, merged: Any, address: str, rounds: int, dtype: torch.dtype) -> DecodeResult:
+    connect(private, address, "bench", pool_bytes=POOL_BYTES)
     try:
         decode(private, 2)
+        decode(unmerged, 2)
         adapter = connection(private)
-        pool = adapter.pool
+        pool, traffic = adapter.pool, adapter.session.traffic
         if pool is None:
             raise RuntimeError("no mask pool")
-        count = 4 * pool.rows_per_site + PROMPT
-        taken: dict[str, list[float]] = {"private": [], "unmerged": [], "merged": [], "burst": [], "cold": []}
-        same = []
-        for _ in range(rounds):
-            pool.clear()
-            taken["cold"] += decode(private, COLD)[0]
-            pool.fill()
-            taken["burst"] += decode(private, BURST)[0]
-            sent = adapter.session.traffic.sent + adapter.session.traffic.received
-            seconds, tokens = decode(private, count)
-            used = adapter.session.traffic.sent + adapter.session.traffic.received - sent
-            taken["private"] += seconds
+        count = 5 * pool.rows_per_site
+        runs: dict[str, list[list[float]]] = {"private": [], "unmerged": [], "merged": [], "burst": [], "cold": []}
+        expected: list[int] = []
+        same, used = [], 0
+        for turn in range(rounds + 1):
             seconds, expected = decode(unmerged, count)
-            taken["unmerged"] += seconds
+            runs["unmerged"].append(seconds)
+            runs["merged"].append(decode(merged, count)[0])
+            if turn == rounds:
+                break
+            pool.clear()
+            runs["cold"].append(decode(private, COLD)[0])
+            runs["burst"].append(decode(private, pool.rows_per_site, pool.fill)[0])
+            before = traffic.sent + traffic.received
+            seconds, tokens = decode(private, count)
+            used += traffic.sent + traffic.received - before
+            runs["private"].append(seconds)
             same.append(np.mean(np.array(tokens) == np.array(expected)))
-            taken["merged"] += decode(merged, count)[0]
     finally:
         disconnect(private)
-    ms = {name: float(np.median(values)) * 1e3 for name, values in taken.items()}
+    ms = {name: 1e3 * float(np.median(np.concatenate(each))) for name, each in runs.items()}
+    ratios = {
+        name: [
+            float(2 * np.median(run) / (np.median(runs[name][turn]) + np.median(runs[name][turn + 1])))
+            for turn, run in enumerate(runs["private"])
+        ]
+        for name in ("unmerged", "merged")
+    }
     return DecodeResult(
         str(dtype).removeprefix("torch."),
         count,
@@ -143,8 +158,10 @@ def _in_turn(
         ms["merged"],
         ms["cold"],
         ms["burst"],
-        used / (count + PROMPT),
+        used / rounds / (count + PROMPT),
         float(np.mean(same)),
+        ratios["unmerged"],
+        ratios["merged"],
     )
 
 

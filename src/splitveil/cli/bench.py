@@ -3,6 +3,7 @@
 import datetime
 import json
 from dataclasses import asdict
+from statistics import median
 from typing import Any
 
 import click
@@ -14,7 +15,7 @@ NAMES = ("layer", "transport", "ckks", "decode")
 @click.argument("names", nargs=-1, type=click.Choice(NAMES))
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
 @click.option("--dtype", "dtypes", multiple=True, type=click.Choice(["float32", "bfloat16"]), help="For decode.")
-@click.option("--rounds", default=2, show_default=True, type=click.IntRange(1), help="Rounds of decode.")
+@click.option("--rounds", default=5, show_default=True, type=click.IntRange(1), help="Rounds of decode.")
 def bench(names: tuple[str, ...], as_json: bool, dtypes: tuple[str, ...], rounds: int) -> None:
     """Measure speed and size on this machine; NAMES chooses, all are run without one.
 
@@ -99,14 +100,12 @@ def _decode(dtypes: tuple[str, ...], rounds: int) -> list[dict[str, Any]]:
 
     rows = []
     for name in dtypes or ("float32", "bfloat16"):
-        result = measure(getattr(torch, name), rounds=rounds)
-        rows.append(
-            {
-                **asdict(result),
-                "private ÷ unmerged": result.private_ms / result.unmerged_ms,
-                "private ÷ merged": result.private_ms / result.merged_ms,
-            }
-        )
+        result = asdict(measure(getattr(torch, name), rounds=rounds))
+        for kind in ("unmerged", "merged"):
+            ratios = sorted(result.pop(f"to_{kind}"))
+            result[f"private ÷ {kind}, median of rounds"] = median(ratios)
+            result[f"lowest and highest, ÷ {kind}"] = f"{ratios[0]:.3f} to {ratios[-1]:.3f}"
+        rows.append(result)
     return rows
 
 

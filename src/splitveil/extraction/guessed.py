@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
 import torch
@@ -31,7 +32,8 @@ Guess = tuple[str, Mapping[str, F32]]
 """What it is called, and A of every module: (r, d)."""
 CHECKING_ROWS = 8
 """Beyond the rank: equations that are left to check a guess with, at every layer."""
-_CERTAIN = 5.0  # standard deviations below chance at which a guess counts as recognised, among up to a million
+FALSE_ALARM = 1e-3
+"""How likely one of the guesses counts as recognised if none is right."""
 _DRAWN = (True, "gaussian")  # initialisations that depend on the seed and on no data
 
 
@@ -101,7 +103,23 @@ class Probe:
         known = self.queries @ basis.T
         rest = self.answers - known @ np.linalg.lstsq(known, self.answers, rcond=None)[0]
         left = float((rest**2).sum()) / (len(rest) - len(basis)) / rest.shape[1]
-        return left - self.sigma**2, float((self.answers**2).mean()) - self.sigma**2
+        return left - self.sigma**2, self.power
+
+    @property
+    def power(self) -> float:
+        """The answers' mean square, answer noise taken off."""
+        return float((self.answers**2).mean()) - self.sigma**2
+
+    def variance(self, share: float) -> float:
+        """Of what a wrong guess leaves unexplained, which is that ``share`` of the answers in the mean, and noise.
+
+        A layer's answers are correlated: where few directions of the core hold most of it, they say less than as many
+        independent ones. Their second moments are those of the sample, which errs on the large side.
+        """
+        count, outputs = self.answers.shape
+        noise = self.sigma**2 * np.eye(outputs)
+        left = share * (self.answers.T @ self.answers / count - noise) + noise
+        return float(2 * (left**2).sum() / CHECKING_ROWS / outputs**2)
 
 
 def probe(client: Client, layer: int, rows: int) -> Probe:
@@ -123,7 +141,8 @@ class Recognised:
     """√ of the unexplained share of the answers: 0 where A is as guessed, ``chance`` for a wrong guess."""
     chance: float
     certain: float
-    """A surprise below this is no accident."""
+    """A surprise below this is no accident: if no guess is right, the least surprising is above it but for one time
+    in 1/``FALSE_ALARM``."""
 
     @property
     def outside(self) -> float:
@@ -138,22 +157,24 @@ def recognise(client: Client, guesses: Iterable[Guess]) -> Recognised:
     """
     widths = {layer.outputs[0][0]: layer.width for layer in client.publication.layers}
     probes: list[Probe] = []
-    found: Recognised | None = None
+    count, best, least, whole = 0, "", math.inf, 0.0
+    chosen: Mapping[str, F32] = {}
+    shares: list[float] = []
     for name, rows in guesses:
+        count += 1
         missing = [module for module, width in widths.items() if module not in rows or rows[module].shape[1] != width]
         if missing:
             raise ConfigurationError(f"{name}: no A for {missing[0]!r}; give the folder of the same adapter, untrained")
         bases = [row_space(rows[module]) for module in widths]
         probes = probes or [probe(client, i, len(basis) + CHECKING_ROWS) for i, basis in enumerate(bases)]
         left, whole = np.array([one.unexplained(basis) for one, basis in zip(probes, bases, strict=True)]).sum(axis=0)
-        if found is None or left / whole < found.outside:
-            noise = sum(one.sigma**2 for one in probes)
-            share = 1 - sum(map(len, bases)) / sum(basis.shape[1] for basis in bases)
-            # What is left is a mean of so many squares of normals.
-            count = sum(CHECKING_ROWS * one.answers.shape[1] for one in probes)
-            certain = share - _CERTAIN * math.sqrt(2 / count) * (share + noise / whole)
-            surprise = math.sqrt(max(left / whole, 0.0))
-            found = Recognised(name, rows, surprise, math.sqrt(share), math.sqrt(max(certain, 0.0)))
-    if found is None:
+        if left / whole < least:
+            best, chosen, least = name, rows, left / whole
+            shares = [1 - len(basis) / basis.shape[1] for basis in bases]
+    if not count:
         raise ConfigurationError("at least one guess at the initial A is needed")
-    return found
+    of_each = [(share * one.power, one.variance(share)) for one, share in zip(probes, shares, strict=True)]
+    expected, variance = np.array(of_each).sum(axis=0) / (whole, whole**2)
+    deviations = NormalDist().inv_cdf(1 - FALSE_ALARM / count)
+    certain = expected - deviations * math.sqrt(variance)
+    return Recognised(best, chosen, math.sqrt(max(least, 0.0)), math.sqrt(expected), math.sqrt(max(certain, 0.0)))
