@@ -30,7 +30,7 @@ F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 Guess = tuple[str, Mapping[str, F32]]
 """What it is called, and A of every module: (r, d)."""
-CHECKING_ROWS = 8
+CHECKING_ROWS = 16
 """Beyond the rank: equations that are left to check a guess with, at every layer."""
 FALSE_ALARM = 1e-3
 """How likely one of the guesses counts as recognised if none is right."""

@@ -168,7 +168,7 @@ def trained_rows(judge: Judge, rows: int) -> Measured:
 def initial_rows(judge: Judge, rows: int) -> Measured:
     """(c') With A as PEFT drew it, which training has moved since: a prior on where the core's rows lie, and no more.
 
-    Text, where there is some, says which errors count. To recognise the guess takes r + 8 rows of every layer beyond
+    Text, where there is some, says which errors count. To recognise the guess takes r + 16 rows of every layer beyond
     ``rows``, once. Raises ``ConfigurationError`` where no guess is recognised: then there is nothing to go by.
     """
     target, known = judge.target, judge.recognised

@@ -29,7 +29,7 @@ ATTACKS = {
     "honest": "The client's own code on real text, and regression on its answers.",
     "trained-A": "The row space of the trained A is known: it was frozen or published, or another adapter shares it.",
     "initial-A": "A as PEFT drew it is known or guessed by its seed; training has moved it since. A prior, and chosen "
-    "queries. To tell the right guess takes r + 8 rows more.",
+    "queries. To tell the right guess takes r + 16 rows more.",
     "span": "What the first answers tell of span(B), in any engine.",
     "published": "Lattice reduction on the published half alone.",
 }
