@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import pickle
 import shutil
 import socket
 import subprocess
@@ -186,21 +185,10 @@ def reconfigured(base: Path, name: str, value: object) -> None:
     (base / "config.json").write_text(json.dumps({**config, name: value}))
 
 
-def pickled(base: Path, content: bytes) -> None:
-    (base / "model.safetensors").unlink()
-    (base / "pytorch_model.bin").write_bytes(content)
-
-
 BASES = {
     "truncated weights": (truncated, "cannot be loaded as a causal language model: Error while deserializing header"),
     "weights of another shape": (lambda b: reconfigured(b, "vocab_size", 4097), "such as model.embed_tokens.weight;"),
     "a block that has no weights": (lambda b: reconfigured(b, "num_hidden_layers", 7), "9 are missing"),
-    "a pickle that is none": (lambda b: pickled(b, b"not a pickle"), "cannot be loaded as a causal language model"),
-    "an empty pickle": (lambda b: pickled(b, b""), "cannot be loaded as a causal language model"),
-    "a pickle of code": (
-        lambda b: pickled(b, pickle.dumps({"weight": print})),
-        "cannot be loaded as a causal language model",
-    ),
     "a size that is text": (lambda b: reconfigured(b, "hidden_size", "256"), "'hidden_size' expected int"),
 }
 

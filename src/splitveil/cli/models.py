@@ -1,7 +1,6 @@
 """Loading a local base model and its tokenizer, with errors that people can act on."""
 
 import json
-import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,8 +44,6 @@ def load_base(text: str, *, dtype: str = "auto", device: str = "cpu") -> tuple[A
         ImportError,
         json.JSONDecodeError,
         RuntimeError,  # weights that are damaged inside, or too large for this machine's memory
-        EOFError,  # a pytorch_model.bin that ends early,
-        pickle.UnpicklingError,  # or is something else, or holds more than tensors
         SafetensorError,
         StrictDataclassError,
     ) as error:
