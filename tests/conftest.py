@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 
-# Before torch and numpy are there, for the processes that tests start, too. Workers with more threads than one wait for
-# each other's: of two on two cores, tests of learning took twice as long.
+# Before torch and numpy are there, for the processes that tests start, too. Several workers with several
+# threads each would wait for each other's.
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(name, "1")
 
