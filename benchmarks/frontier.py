@@ -181,7 +181,8 @@ def together(reports: Sequence[Any]) -> tuple[list[dict[str, Any]], list[dict[st
         for spec, price in reports[0].meta["prices"].items()
     }
     meta["defences"] = {name: _summary(name, words) for name, words in meta["defences"].items()}
-    rows = [row.as_dict() for report in reports for row in report.rows]
+    # The folder may hold rows of other defences, from a run that asked for them; they have no price here.
+    rows = [row.as_dict() for report in reports for row in report.rows if row.defence in meta["prices"]]
     return rows, [dict(text) for report in reports for text in report.texts], meta
 
 
