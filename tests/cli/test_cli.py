@@ -185,7 +185,12 @@ def reconfigured(base: Path, name: str, value: object) -> None:
     (base / "config.json").write_text(json.dumps({**config, name: value}))
 
 
+def pickled(base: Path) -> None:
+    (base / "model.safetensors").rename(base / "pytorch_model.bin")
+
+
 BASES = {
+    "weights in a pickle": (pickled, "which are pickles and are not read"),
     "truncated weights": (truncated, "cannot be loaded as a causal language model: Error while deserializing header"),
     "weights of another shape": (lambda b: reconfigured(b, "vocab_size", 4097), "such as model.embed_tokens.weight;"),
     "a block that has no weights": (lambda b: reconfigured(b, "num_hidden_layers", 7), "9 are missing"),

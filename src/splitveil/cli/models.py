@@ -13,7 +13,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def load_base(text: str, *, dtype: str = "auto", device: str = "cpu") -> tuple[Any, Any]:
-    """(model in eval mode, tokenizer) of a Hugging Face folder. Nothing is ever downloaded, no remote code is run.
+    """(model in eval mode, tokenizer) of a Hugging Face folder. Nothing is ever downloaded, no remote code is run, and
+    no pickle is read: weights come from safetensors files only.
 
     Raises ``BaseModelError`` for a folder that does not hold a causal language model and its tokenizer,
     ``ConfigurationError`` for a device that this machine lacks.
@@ -29,12 +30,22 @@ def load_base(text: str, *, dtype: str = "auto", device: str = "cpu") -> tuple[A
             f"{folder} is not a Hugging Face model folder (no config.json); "
             "download the base model first, and give the folder it is in"
         )
+    if not any(folder.glob("*.safetensors")) and any(folder.glob("*.bin")):
+        raise BaseModelError(
+            f"{folder} holds its weights in PyTorch .bin files, which are pickles and are not read; save the model as "
+            "safetensors first (load it where you trust it, then save_pretrained) or download its safetensors files"
+        )
     transformers.utils.logging.disable_progress_bar()
     kind = torch.float32 if dtype == "auto" and device == "cpu" and _half(folder) else dtype
     try:
         with _quiet(transformers.utils.logging):
             model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, dtype=kind, local_files_only=True, ignore_mismatched_sizes=True, output_loading_info=True
+                folder,
+                dtype=kind,
+                local_files_only=True,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
             )
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (
