@@ -17,7 +17,7 @@ VOCABULARY = 160
 
 # One vector holds a few words of texts like the attacker's own: what ``pooled`` is shown, and how long it learns.
 SHORT: dict[str, int] = {"length": 4, "words": VOCABULARY}
-LONGER = Effort(seconds=120, steps=100)
+LONGER = Effort(seconds=120, steps=60)
 
 
 class Target:

@@ -15,44 +15,15 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from click.testing import CliRunner
+from command_line import Here, one_line_error
 
 from splitveil import cli, serve
 from splitveil.embedded import folder
 
 
-def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "splitveil", *arguments], input=stdin, capture_output=True, text=True, timeout=120
-    )
-
-
-@pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> "Here":
-    """The same without the seconds that a process takes to begin; a traceback is an exception in the test."""
-    monkeypatch.setenv("SPLITVEIL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("splitveil.serving.operations.logs.configure", lambda **_: None)  # the log is the tests'
-    return Here(monkeypatch, capfd)
-
-
-class Here:
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-        self._monkeypatch, self._capfd = monkeypatch, capfd
-
-    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        self._monkeypatch.setattr(sys, "argv", ["splitveil", *arguments])
-        self._capfd.readouterr()
-        status = cli._run()
-        return subprocess.CompletedProcess(arguments, status, *self._capfd.readouterr())
-
-
-def one_line_error(done: subprocess.CompletedProcess[str], *parts: str) -> None:
-    """Exit status 1, one line on stderr that says what is wrong, no traceback."""
-    assert done.returncode == 1, done
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    assert len(lines) == 1, done.stderr
-    assert lines[0].startswith("splitveil: ")
-    for part in parts:
-        assert part in lines[0]
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """As a process of its own."""
+    return subprocess.run([sys.executable, "-m", "splitveil", *arguments], capture_output=True, text=True, timeout=120)
 
 
 @pytest.fixture
@@ -148,12 +119,12 @@ def test_inspect_of_nan(adapter: Path) -> None:
     one_line_error(run("inspect", str(adapter)), "NaN")
 
 
-def test_serve_refuses(adapter: Path) -> None:
+def test_serve_refuses(adapter: Path, here: Here) -> None:
     one_line_error(run("serve", "--adapter", str(adapter)), "NAME=DIR")
-    one_line_error(run("serve", "--adapter", f"a={adapter}", "--listen", "0.0.0.0:0"), "TLS")
-    one_line_error(run("serve", "--adapter", f"a={adapter}", "--listen", "here"), "HOST:PORT")
-    one_line_error(run("serve", "--adapter", f"a={adapter}", "--noise", "-1"), "noise")
-    one_line_error(run("serve", "--adapter", f"a={adapter}", "--adapter", f"a={adapter}"), "two adapters")
+    one_line_error(here.run("serve", "--adapter", f"a={adapter}", "--listen", "0.0.0.0:0"), "TLS")
+    one_line_error(here.run("serve", "--adapter", f"a={adapter}", "--listen", "here"), "HOST:PORT")
+    one_line_error(here.run("serve", "--adapter", f"a={adapter}", "--noise", "-1"), "noise")
+    one_line_error(here.run("serve", "--adapter", f"a={adapter}", "--adapter", f"a={adapter}"), "two adapters")
 
 
 def test_serve_refuses_weights_that_are_missing_or_nan(adapter: Path, here: Here) -> None:
@@ -166,13 +137,13 @@ def test_serve_refuses_weights_that_are_missing_or_nan(adapter: Path, here: Here
     one_line_error(here.run("serve", "--adapter", f"a={adapter}"), str(adapter), "NaN")
 
 
-def test_generate_refuses(tmp_path: Path) -> None:
+def test_generate_refuses(here: Here, tmp_path: Path) -> None:
     where = ("--server", "127.0.0.1:1", "--adapter", "clinic")
-    one_line_error(run("generate", "--base", str(tmp_path), *where, "--prompt", "hello"), "config.json")
+    one_line_error(here.run("generate", "--base", str(tmp_path), *where, "--prompt", "hello"), "config.json")
     (tmp_path / "config.json").write_text("{}")
     one_line_error(run("generate", "--base", str(tmp_path), *where, "--prompt", "hello"), "cannot be loaded")
-    one_line_error(run("generate", "--base", str(tmp_path), *where, "--prompt", " "), "empty")
-    one_line_error(run("generate", "--base", "embedded:other", *where, "--prompt", "hello"), "embedded")
+    one_line_error(here.run("generate", "--base", str(tmp_path), *where, "--prompt", " "), "empty")
+    one_line_error(here.run("generate", "--base", "embedded:other", *where, "--prompt", "hello"), "embedded")
 
 
 def truncated(base: Path) -> None:

@@ -11,6 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from command_line import Here, one_line_error
+
+from splitveil.demo.run import Demonstration, demonstrate
 
 QUESTION = "Question: What is anemia?\nAnswer:"
 
@@ -71,22 +74,22 @@ def common(server: str) -> tuple[str, ...]:
     return "--base", "embedded:base", "--server", server, "--adapter", "clinic"
 
 
-def test_generate_as_json(server: str, expected: list[int], tmp_path: Path) -> None:
+def test_generate_as_json(server: str, expected: list[int], here: Here, tmp_path: Path) -> None:
     arguments = ("generate", *common(server), "--max-new-tokens", "24", "--json")
-    done = splitveil(*arguments, "--prompt", QUESTION, cache=tmp_path)
+    done = splitveil(*arguments, "--prompt", QUESTION, cache=tmp_path / "cache")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert sorted(result) == ["bytes_received", "bytes_sent", "text", "tokens", "tokens_per_second"]
     assert result["tokens"] == expected
     assert result["bytes_sent"] > 24 * 4 * (256 + 1024)
     # The prompt from standard input; the publication from the cache this time; the same tokens.
-    again = splitveil(*arguments, "--prompt", "-", stdin=QUESTION, cache=tmp_path)
+    again = here.run(*arguments, "--prompt", "-", stdin=QUESTION)
     assert json.loads(again.stdout)["tokens"] == expected
-    assert len(list(tmp_path.glob("*.safetensors"))) == 1
+    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 1
 
 
-def test_generate_streams_text(server: str, tmp_path: Path) -> None:
-    done = splitveil("generate", *common(server), "--prompt", QUESTION, "--max-new-tokens", "8", cache=tmp_path)
+def test_generate_streams_text(server: str, here: Here) -> None:
+    done = here.run("generate", *common(server), "--prompt", QUESTION, "--max-new-tokens", "8")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
     assert "8 tokens" in done.stderr
@@ -98,17 +101,13 @@ def test_chat(server: str, tmp_path: Path) -> None:
     assert done.stdout.strip()
 
 
-def test_an_unknown_adapter_and_no_server(server: str, tmp_path: Path) -> None:
+def test_an_unknown_adapter_and_no_server(server: str, here: Here) -> None:
     for where, part in (
         (("--server", server, "--adapter", "law"), "law"),
         (("--server", "127.0.0.1:9", "--adapter", "clinic"), "127.0.0.1:9"),
         (("--server", "example.org:7433", "--adapter", "clinic"), "example.org"),
     ):
-        done = splitveil("generate", "--base", "embedded:base", *where, "--prompt", "hello", cache=tmp_path)
-        assert done.returncode == 1
-        assert "Traceback" not in done.stderr
-        assert part in done.stderr.strip().splitlines()[-1]
-        assert done.stderr.strip().splitlines()[-1].startswith("splitveil: ")
+        one_line_error(here.run("generate", "--base", "embedded:base", *where, "--prompt", "hello"), part)
 
 
 def test_a_server_that_dies_in_the_middle(tmp_path: Path) -> None:
@@ -131,8 +130,17 @@ def test_a_server_that_dies_in_the_middle(tmp_path: Path) -> None:
     assert errors.strip().splitlines()[-1].startswith("splitveil: ")
 
 
-def test_the_demo(tmp_path: Path) -> None:
-    done = splitveil("demo", "--json", "--max-new-tokens", "32", "--out", str(tmp_path / "report"), cache=tmp_path)
+@pytest.fixture(scope="module")
+def demonstration(tmp_path_factory: pytest.TempPathFactory) -> Demonstration:
+    """The demo, once: a vendor's process, this one, a socket."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPLITVEIL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        return demonstrate(new_tokens=32, out=tmp_path_factory.mktemp("report"))
+
+
+def test_the_demo(demonstration: Demonstration, here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("splitveil.demo.run.demonstrate", lambda *_: demonstration)
+    done = here.run("demo", "--json")
     assert done.returncode == 0, done.stderr
     d = json.loads(done.stdout)
     assert d["identical"]
@@ -152,8 +160,9 @@ def test_the_demo(tmp_path: Path) -> None:
     assert "<html" in Path(leak["report"]).read_text()
 
 
-def test_the_demo_fits_on_a_screen(tmp_path: Path) -> None:
-    done = splitveil("demo", "--max-new-tokens", "16", "--out", str(tmp_path / "report"), cache=tmp_path)
+def test_the_demo_fits_on_a_screen(demonstration: Demonstration, here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("splitveil.demo.run.demonstrate", lambda *_: demonstration)
+    done = here.run("demo")
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) <= 55
     for words in (

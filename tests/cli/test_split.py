@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from command_line import Here
 from equivalence.support import random_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
@@ -78,10 +79,6 @@ def command(*arguments: object) -> list[str]:
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def split(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=240, env=ENVIRONMENT)
-
-
 @contextlib.contextmanager
 def serving(model: Path, state: Path, log: Path, *more: object) -> Iterator[tuple[str, "subprocess.Popen[str]"]]:
     """A server process on a port of its own choice, and its address."""
@@ -142,10 +139,10 @@ def refused(arguments: list[object], part: str) -> None:
     assert part in str(result.exception)
 
 
-def test_train_kill_resume_generate(model: Path, data: Path, tmp_path: Path) -> None:
+def test_train_kill_resume_generate(model: Path, data: Path, here: Here, tmp_path: Path) -> None:
     """The server is killed in the middle of the run; the same command goes on, to the weights of an unbroken run."""
     state, out, log = tmp_path / "cloud", tmp_path / "mine", tmp_path / "log"
-    steps = 60
+    steps = 40
     with serving(model, state, log) as (address, server):
         device = subprocess.Popen(
             command(*training(model, data, address, out, steps)), stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
@@ -162,7 +159,7 @@ def test_train_kill_resume_generate(model: Path, data: Path, tmp_path: Path) -> 
     assert "the same command goes on" in errors
     assert errors.strip().splitlines()[-1].startswith("splitveil: ")
     with serving(model, state, log) as (address, server):
-        done = split(*training(model, data, address, out, steps), "--json")
+        done = here.run("split", *map(str, training(model, data, address, out, steps)), "--json")
         assert done.returncode == 0, done.stderr
         result = json.loads(done.stdout)
         unbroken = expected(model, data, tmp_path / "expected", steps)
@@ -179,8 +176,8 @@ def test_train_kill_resume_generate(model: Path, data: Path, tmp_path: Path) -> 
         assert files(kept) == files(tmp_path / "expected" / "cloud")
         assert (out / "token").stat().st_mode & 0o077 == 0
 
-        answer = split("generate", "--base", model, "--server", address, "--personal", out / "personal",
-                       "--prompt", "the cat", "--max-new-tokens", 12, "--json")  # fmt: skip
+        asked = ("--base", model, "--server", address, "--personal", out / "personal", "--prompt", "the cat")
+        answer = here.run("split", "generate", *map(str, asked), "--max-new-tokens", "12", "--json")
         assert answer.returncode == 0, answer.stderr
         told = json.loads(answer.stdout)
         assert sorted(told) == ["bytes_received", "bytes_sent", "text", "tokens", "tokens_per_second"]

@@ -1,7 +1,7 @@
 """Private = PEFT with the sealed engine: the embedded default, and a tiny model through the command line.
 
-A layer takes a tenth of a second a row, so these are few tokens; the engine itself is measured in
-``tests/unit/test_private_sealed.py``.
+A layer takes a tenth of a second a row, so these are few tokens: ``benchmarks/equality.py`` compares more. The engine
+itself is measured in ``tests/unit/test_private_sealed.py``.
 """
 
 import copy
@@ -29,7 +29,7 @@ NEW_TOKENS = 3
 def test_tokens_of_the_embedded_default_are_pefts() -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder("base"))
     base, copied = (AutoModelForCausalLM.from_pretrained(folder("base"), dtype=torch.float32).eval() for _ in range(2))
-    prompt = tokenizer("What is asthma", return_tensors="pt")["input_ids"]
+    prompt = tokenizer("Fever", return_tensors="pt")["input_ids"]
     peft = PeftModel.from_pretrained(copied, folder("clinic")).eval()
     expected = greedy(peft, prompt, NEW_TOKENS)
     assert not torch.equal(expected, greedy(base, prompt, NEW_TOKENS)), "the adapter changes nothing here"
