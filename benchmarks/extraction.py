@@ -27,6 +27,7 @@ from splitveil.auditing.data import read_texts
 from splitveil.embedded import folder
 from splitveil.extraction.calibrate import channel_of
 from splitveil.extraction.chosen import chosen, confirm
+from splitveil.extraction.page import write_page
 from splitveil.extraction.rows import Row
 from splitveil.extraction.run import SEEDS, Subject, run
 from splitveil.extraction.target import Target, publish_target
@@ -95,6 +96,8 @@ def main() -> None:
         worth(found, noises, judged_on_text)
     for attack in ASIDE:
         aside(found, attack)
+    command = "python benchmarks/" + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    print(f"report: {write_page(found, options.out, command)}\n")
     if attacks != [*ATTACKS, *ASIDE]:
         return
     ledger(adapter, noises, options.out / "agreement.jsonl")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -96,11 +97,18 @@ def test_a_run_measures_every_attack_once_and_goes_on_where_it_was(
     assert [one.as_dict() for one in again] == [one.as_dict() for one in found]
     assert (tmp_path / "rows.jsonl").read_bytes() == content
     page = write_page(found, tmp_path, "splitveil extract <&>").read_text()
-    assert page.count("<svg") == 1
+    titles = re.findall(r"<figcaption>(.*?)</figcaption>", page)
+    assert titles == [
+        f"{what}, answer noise 0 %" for what in ("Error of ΔW", "Error on text", "What the clone is worth")
+    ]
     assert page.count("<tr") == 1 + len({one.key for one in found})
     assert "splitveil extract &lt;&amp;&gt;" in page
     assert "not measured: out of reach" in page
-    assert ElementTree.fromstring(page[page.index("<svg") : page.index("</svg>") + 6]).tag.endswith("svg")
+    for drawn in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
+        assert ElementTree.fromstring(drawn).tag.endswith("svg")
+    # Every figure of every attack is a mark that says what it is, and the true adapter is a line across.
+    assert all(f">{name}, 96 rows: " in page for name in ("chosen", "directed", "honest", "trained-A", "initial-A"))
+    assert page.count(">true adapter, 4 rows: ") == 1
     more = run(subject(case), rows=(8,), noises=(0.0,), out=tmp_path, attacks=("chosen",))
     assert {one.rows for one in more} == {0, 8}
 

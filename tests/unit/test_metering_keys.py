@@ -279,6 +279,16 @@ def test_names_that_no_key_can_have(keyring: Keyring, name: str) -> None:
         keyring.create(name)
 
 
+def test_a_key_in_place_of_a_name_is_refused_and_not_repeated(keyring: Keyring) -> None:
+    secret, key = keyring.create("acme")
+    for text in (secret, secret[:-1], f"SPLITVEIL_API_KEY={secret}"):
+        for way in (keyring.create, keyring.revoke):
+            with pytest.raises(ConfigurationError, match=f"Revoke it by its id, {key.id}") as refused:
+                way(text)
+            assert secret[16:30] not in str(refused.value)
+    assert [record.name for record in keyring.records()] == ["acme"]
+
+
 def test_options_that_no_key_can_have(keyring: Keyring) -> None:
     for days in (0, -1, float("nan"), float("inf"), 1e9):
         with pytest.raises(ConfigurationError, match="expires after"):

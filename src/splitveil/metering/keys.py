@@ -25,6 +25,7 @@ DAY = 86_400
 # sv_, the key's public number (48 bits), and 256 bits from the operating system.
 _KEY = re.compile(r"sv_([0-9a-f]{12})_[A-Za-z0-9_-]{43}", re.ASCII)
 _ID = re.compile(r"[0-9a-f]{12}", re.ASCII)
+_ANYWHERE = re.compile(r"sv_([0-9a-f]{12})_[A-Za-z0-9_-]+", re.ASCII)
 _UNKNOWN = "this API key is not known here; check SPLITVEIL_API_KEY or the key file"
 
 
@@ -59,6 +60,7 @@ class Keyring:
 
     def create(self, name: str, *, adapters: Sequence[str] | None = None, days: float | None = None) -> tuple[str, Key]:
         """(the key, which is nowhere kept, and its record). Raises ``ConfigurationError`` for what no key can have."""
+        _refuse_keys(name)
         _check_name(name)
         if adapters is not None and not (adapters and all(adapters)):
             raise ConfigurationError("a key for no adapter, or for one without a name; leave adapters out to allow all")
@@ -75,8 +77,9 @@ class Keyring:
     def revoke(self, which: str) -> list[Key]:
         """Revokes the key of that id, or all keys of that name; for ever. Returns those that were not revoked yet.
 
-        Raises ``ConfigurationError`` if there is no such key.
+        Raises ``ConfigurationError`` if there is no such key, and for a whole key in place of its id, unrepeated.
         """
+        _refuse_keys(which)
         found = [key for key in self.records() if which in (key.id, key.name)]
         if not found:
             raise ConfigurationError(f"no key has the id or name {which[:MAX_NAME]!r}; see splitveil keys list")
@@ -164,6 +167,15 @@ def _digest(key: str) -> bytes:
     # One SHA-256 and no salt: slow, salted hashes make guessing at passwords dear. There are 2^256 keys, drawn evenly,
     # and no two alike; nobody guesses one, however fast the hash, and every query of a session may afford this one.
     return hashlib.sha256(key.encode()).digest()
+
+
+def _refuse_keys(text: str) -> None:
+    """An API key, or most of one, where its id or a name belongs: what is typed stays in histories and logs."""
+    if match := _ANYWHERE.search(text):
+        raise ConfigurationError(
+            f"this is an API key itself, and not a name or an id; it is in your shell's history now. "
+            f"Revoke it by its id, {match[1]}, and make another"
+        )
 
 
 def _check_name(name: str) -> None:
