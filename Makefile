@@ -53,6 +53,11 @@ bench: setup
 	$(BIN)/python benchmarks/chatglm.py
 	PYTHONPATH=tests $(BIN)/python benchmarks/ledger.py
 	PYTHONPATH=tests $(BIN)/python benchmarks/metered.py
+	PYTHONPATH=tests $(BIN)/python benchmarks/metered.py --qwen
+	PYTHONPATH=tests $(BIN)/python benchmarks/metered.py --clients 32
+	$(BIN)/python benchmarks/extraction.py --out extraction
+	$(BIN)/python benchmarks/republished.py
+	$(BIN)/python benchmarks/equality.py
 
 # The generated modules are committed; this makes them anew after a change of a .proto file.
 proto: setup

@@ -95,6 +95,24 @@ def test_generate_streams_text(server: str, here: Here) -> None:
     assert "8 tokens" in done.stderr
 
 
+def test_fixed_length_sends_as_much_whatever_the_answer(server: str, here: Here) -> None:
+    told = {}
+    for question in ("What is anemia?", "What are the treatments for asthma?"):
+        for flags in ((), ("--fixed-length",)):
+            asked = ("--prompt", f"Question: {question}\nAnswer:", "--max-new-tokens", "32", "--json")
+            done = here.run("generate", *common(server), *flags, *asked)
+            assert done.returncode == 0, done.stderr
+            told[question, bool(flags)] = json.loads(done.stdout)
+    lengths = {key: len(answer["tokens"]) for key, answer in told.items()}
+    long, short = "What is anemia?", "What are the treatments for asthma?"
+    assert lengths[long, False] == lengths[long, True] == 32
+    assert lengths[short, False] == lengths[short, True] < 32
+    steps = {key: answer["bytes_sent"] for key, answer in told.items()}
+    assert steps[short, False] < steps[long, False]
+    # The second prompt is longer by a few rows, so that nothing but the short answer could have sent less.
+    assert steps[short, True] >= steps[long, True] >= steps[long, False]
+
+
 def test_chat(server: str, tmp_path: Path) -> None:
     done = splitveil("chat", *common(server), "--max-new-tokens", "8", stdin="What is anemia?\n\n", cache=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -13,9 +13,9 @@ CAPTION = (
     "advanced layer, from the rows spent there and under the least noise that was ever in force. It is the best that "
     "is known without side information, and no bound. Before the rows reach a layer's inputs, everybody can do better "
     "who has the public base model and asks along the main directions of its activations, and most of what the adapter "
-    "is worth may be gone already; so can who knows one of the adapter's two factors, A: the trained one, or, worth less, the "
-    "one that training began with. Learned: layers that were asked for as many rows as they have inputs, or for so "
-    "many that this error is 10 % or less."
+    "is worth may be gone already; so can who knows one of the adapter's two factors, A: the trained one, or, worth "
+    "less, the one that training began with. Learned: layers that were asked for as many rows as they have inputs, or "
+    "for so many that this error is 10 % or less."
 )
 ONE_ANSWER = "one answer may be enough"
 ABOUT_ONE_ANSWER = (

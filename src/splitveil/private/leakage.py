@@ -18,9 +18,9 @@ ways on the lower convex hull of (rows a column, squared error).
 Everything is relative: an error is ‖Ĉ − C‖₂/‖C‖₂ of a core, which is that of ΔW. It is that of an attacker without side
 information, who takes all directions of the input for alike. They are not: training moves a layer along the activations
 it sees, and below d rows whoever has the public base model and asks along their main directions has a smaller error
-than is said here, and a much better clone of what the adapter does to real text (docs/design/extraction.md, "Directions").
-How much smaller depends on base and adapter, of which this module knows nothing. Who knows A as it was trained needs r
-rows; who knows what A was before training gets more out of few rows.
+than is said here, and a much better clone of what the adapter does to real text (docs/design/extraction.md,
+"Directions"). How much smaller depends on base and adapter, of which this module knows nothing. Who knows A as it was
+trained needs r rows; who knows what A was before training gets more out of few rows.
 """
 
 import math
