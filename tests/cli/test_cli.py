@@ -161,6 +161,7 @@ def pickled(base: Path) -> None:
 
 
 BASES = {
+    "a damaged tokenizer": (lambda b: (b / "tokenizer.json").write_text("{}"), "its tokenizer cannot be loaded"),
     "weights in a pickle": (pickled, "which are pickles and are not read"),
     "truncated weights": (truncated, "cannot be loaded as a causal language model: Error while deserializing header"),
     "weights of another shape": (lambda b: reconfigured(b, "vocab_size", 4097), "such as model.embed_tokens.weight;"),

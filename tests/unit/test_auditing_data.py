@@ -31,6 +31,13 @@ def test_tables(tmp_path: Path) -> None:
     assert found(written(tmp_path, "c.tsv", 'n\ttext\n1\t"a stray quote\n2\tb\n')) == ['"a stray quote', "b"]
 
 
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x0c", "\x0b", "\x1c", "\x85"])
+def test_what_unicode_calls_a_line_separator_ends_no_prompt(tmp_path: Path, mark: str) -> None:
+    assert found(written(tmp_path, "a.txt", f"one{mark}two\nthree\rfour")) == [f"one{mark}two", "three", "four"]
+    assert found(written(tmp_path, "a.csv", f"text,n\none{mark}two,1\n"), "text") == [f"one{mark}two"]
+    assert found(written(tmp_path, "b.tsv", f"text\tn\none{mark}two\t1\n"), "text") == [f"one{mark}two"]
+
+
 def test_json(tmp_path: Path) -> None:
     objects = [{"prompt": "a\u2028b", "n": 1}, {"prompt": "c"}]
     lines = "\n".join(json.dumps(one, ensure_ascii=False) for one in objects)

@@ -32,3 +32,22 @@ def test_overlap_is_refused(shadow: str, victim: int) -> None:
 
 def test_equal_documents_count_once() -> None:
     assert distinct(["A b.", "c", "a B", "!", "?", "!"]) == ["A b.", "c", "!", "?"]
+
+
+CHINESE = "我的膝盖在爬楼梯的时候很疼，医生说要休息几天再回来复查。"
+THAI = "เข่าของฉันเจ็บเวลาเดินขึ้นบันไดทุกวันและหมอบอกให้พัก"
+
+
+@pytest.mark.parametrize("victim", [CHINESE, THAI])
+def test_scripts_without_spaces_between_words(victim: str) -> None:
+    with pytest.raises(DataError, match="share 12 words"):
+        check_disjoint([victim], [victim[:3] + victim])
+    with pytest.raises(DataError, match="share 12 words"):
+        check_disjoint([victim], ["before " + victim[4:] + " after"])
+    check_disjoint([victim], [victim[:8], "something else"])
+
+
+def test_texts_of_punctuation_alone_are_told_apart() -> None:
+    check_disjoint(["!!!"], ["???"])
+    with pytest.raises(DataError):
+        check_disjoint(["!!!"], ["???", " !!! "])

@@ -1,6 +1,7 @@
 """Prompts and shadow text from files: plain text, CSV, TSV, JSON and JSON lines, with marked personal data."""
 
 import csv
+import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -81,12 +82,12 @@ def as_texts(texts: Sequence[str | Text]) -> list[Text]:
 
 
 def _lines(file: Path, content: str) -> Iterator[_Record]:
-    for number, line in enumerate(content.splitlines(), 1):
-        yield _Record(f"line {number}", line)
+    # Not splitlines(), here and below: what Unicode calls a line separator, or a form feed, may stand inside a text.
+    for number, line in enumerate(io.StringIO(content, newline=None), 1):
+        yield _Record(f"line {number}", line.removesuffix("\n"))
 
 
 def _json_lines(file: Path, content: str) -> Iterator[_Record]:
-    # Not splitlines(): JSON strings may hold the line separators of Unicode.
     for number, line in enumerate(content.split("\n"), 1):
         if line.strip():
             try:
@@ -113,7 +114,7 @@ def _json(file: Path, content: str) -> Iterator[_Record]:
 def _table(file: Path, content: str) -> Iterator[_Record]:
     tabs = file.suffix.lower() == ".tsv"
     reader = csv.DictReader(
-        content.splitlines(keepends=True),
+        io.StringIO(content, newline=""),
         delimiter="\t" if tabs else ",",
         quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL,
         strict=not tabs,

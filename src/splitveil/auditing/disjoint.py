@@ -11,11 +11,13 @@ from splitveil.errors import DataError
 
 RUN = 12
 """Words in a row that victims and shadow text must not share."""
-_WORD = re.compile(r"\w+")
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+"""Thai, Lao, Burmese, Khmer, kana and Chinese characters: scripts that put no spaces between words."""
+_WORD = re.compile(rf"[^\W{_UNSPACED}]+|[^\W]")
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words, without punctuation."""
+    """Lower-case words, without punctuation; of scripts without spaces between words, characters."""
     return _WORD.findall(text.casefold())
 
 
@@ -23,7 +25,7 @@ def runs(text: str) -> Iterator[tuple[str, ...]]:
     """Every run of ``RUN`` words, and the whole text where it is shorter than that (marked as whole)."""
     found = words(text)
     if len(found) < RUN:
-        yield ("", *found)  # equal to another whole text only, never to a run inside a longer one
+        yield ("", *(found or [text.strip()]))  # equal to another whole text only, never to a run inside a longer one
     for start in range(len(found) - RUN + 1):
         yield tuple(found[start : start + RUN])
 

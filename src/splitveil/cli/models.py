@@ -47,7 +47,6 @@ def load_base(text: str, *, dtype: str = "auto", device: str = "cpu") -> tuple[A
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (
         OSError,
         ValueError,
@@ -60,6 +59,14 @@ def load_base(text: str, *, dtype: str = "auto", device: str = "cpu") -> tuple[A
     ) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise BaseModelError(f"{folder} cannot be loaded as a causal language model: {reason}") from None
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError, json.JSONDecodeError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise BaseModelError(
+            f"{folder}: its tokenizer cannot be loaded ({type(error).__name__}: {reason}); the folder needs the "
+            "model's own tokenizer.json and tokenizer_config.json"
+        ) from None
     # transformers would go on with random numbers in their places.
     lacking = sorted({*loaded["missing_keys"], *(name for name, *_ in loaded["mismatched_keys"])})
     if lacking:
