@@ -57,6 +57,27 @@ def whole_logits(model: nn.Module, tokens: Tensor, mask: Tensor) -> Tensor:
         return model(input_ids=tokens, attention_mask=mask, use_cache=False, **more).logits
 
 
+def cached_logits(model: nn.Module, text: Tensor, mask: Tensor, prompt: int) -> Tensor:
+    """(steps, batch, vocabulary) logits of the tokens after ``prompt``, read with a cache, one token at a time."""
+    positions = "position_ids" in inspect.signature(model.forward).parameters
+    mask = torch.cat([mask, mask.new_ones(len(text), text.shape[1] - prompt)], 1)
+    counted = (mask.cumsum(-1) - 1).clamp(min=0)
+    cache, steps, begin = None, [], 0
+    with torch.no_grad():
+        for end in range(prompt, text.shape[1]):
+            more = {"position_ids": counted[:, begin:end]} if positions else {}
+            out = model(
+                input_ids=text[:, begin:end],
+                attention_mask=mask[:, :end],
+                past_key_values=cache,
+                use_cache=True,
+                **more,
+            )
+            cache, begin = out.past_key_values, end
+            steps.append(out.logits[:, -1].float())
+    return torch.stack(steps)
+
+
 @pytest.mark.parametrize("block", range(4))
 def test_logits_and_greedy_tokens_are_the_whole_models(
     model: PreTrainedModel, prompts: tuple[Tensor, Tensor], block: int
@@ -66,9 +87,13 @@ def test_logits_and_greedy_tokens_are_the_whole_models(
     with torch.no_grad():
         got = halves.forward(tokens, mask)
     assert torch.equal(got[mask.bool()], whole_logits(model, tokens, mask)[mask.bool()])
-    assert torch.equal(
-        halves.generate(tokens, mask, max_new_tokens=NEW), greedy(model, tokens, NEW, attention_mask=mask)
-    )
+    # Cached decoding: not the tokens alone, the logits of every step.
+    steps: list[Tensor] = []
+    watch = halves.cloud.register_forward_hook(lambda _, __, logits: steps.append(logits[:, -1].float()))
+    text = halves.generate(tokens, mask, max_new_tokens=NEW)
+    watch.remove()
+    assert torch.equal(text, greedy(model, tokens, NEW, attention_mask=mask))
+    assert torch.equal(torch.stack(steps), cached_logits(model, text, mask, tokens.shape[1]))
 
 
 @pytest.mark.parametrize("block", range(4))
