@@ -10,6 +10,7 @@ one of a few that does best on the attacker's own validation text.
 
 import argparse
 import datetime
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import splitveil
 from splitveil.attacks.knowledge import Shadow
-from splitveil.attacks.revert import Inverter
+from splitveil.attacks.revert import SAY, Inverter
 from splitveil.auditing.grid import Grid
 from splitveil.auditing.intervals import ratio
 from splitveil.auditing.stage import Stage
@@ -68,11 +69,17 @@ def measure(model: Any, path: Path, block: int, data: str, options: argparse.Nam
     sizes = inversion.sizes_of(options)
     grid = grid_of(model, tokenizer, options.model, data, texts, own, sizes, out)
     stage, attacks = restored(grid, out, block, ("mlp", "revert"))
-    found = readings(attacks["revert"]._net, stage.crossing)
-    weight = chosen(model, attacks["mlp"]._net, stage, grid.shadow)
-    scores = attacks["mlp"]._net(stage.crossing.hidden).log_softmax(-1)
-    found["`mlp`"] = scores.argmax(-1)
-    found[f"`mlp`, beam search, weight {weight}"] = beam_search(model, scores, stage.crossing.text, weight)
+    mlp, net = attacks["mlp"]._net, attacks["revert"]._net
+    found = readings(net, stage.crossing)
+    readers: dict[str, Reader] = {
+        "`mlp`": lambda crossing: mlp(crossing.hidden).log_softmax(-1),
+        "`revert`'s two readers, without stage 2": lambda crossing: together(net, crossing),
+    }
+    for name, reader in readers.items():
+        scores = reader(stage.crossing)
+        weight = chosen(model, reader, stage, grid.shadow)
+        found[name] = scores.argmax(-1)
+        found[f"{name}, beam search, weight {weight}"] = beam_search(model, scores, stage.crossing.text, weight)
     table(grid, data, {name: hits(tokens, grid.victims) for name, tokens in found.items()})
 
 
@@ -90,6 +97,8 @@ def table(grid: Grid, data: str, found: dict[str, tuple[Counts, Counts]]) -> Non
 
 
 WHOLE = "all of `revert`"
+Reader = Callable[[Crossing], Tensor]
+"""Gives log-scores of every token at every position."""
 
 
 @torch.no_grad()
@@ -107,12 +116,19 @@ def readings(net: Inverter, crossing: Crossing) -> dict[str, Tensor]:
     }
 
 
+def together(net: Inverter, crossing: Crossing) -> Tensor:
+    """(prompts, positions, vocabulary) log-scores of stage 1 and the single states' reader, weighed as in `revert`."""
+    text = None if bool(crossing.text.all()) else crossing.text
+    points = net.project(crossing.hidden, text)[1]
+    return net.scores(points).log_softmax(-1) + SAY * net.alone(crossing.hidden).log_softmax(-1)
+
+
 @torch.no_grad()
-def chosen(model: Any, reader: torch.nn.Module, stage: Stage, shadow: Shadow) -> float:
+def chosen(model: Any, reader: "Reader", stage: Stage, shadow: Shadow) -> float:
     """The prior's weight that reads validation text best; of equals, the smallest."""
     tokens = shadow.validation[:VALIDATION]
     crossing = stage.knowledge().oracle(tokens)
-    scores = reader(crossing.hidden).log_softmax(-1)
+    scores = reader(crossing)
     right = [int((beam_search(model, scores, crossing.text, weight) == tokens).sum()) for weight in WEIGHTS]
     return WEIGHTS[right.index(max(right))]
 
