@@ -25,7 +25,8 @@ $(READY): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/splitveil demo
 
-# Three workers for two cores, since many tests wait for processes, and one torch thread a worker. A file's tests stay together, since they share servers and models;
+# Three workers for two cores, since many tests wait for processes, and one torch thread a worker. A file's tests stay
+# together, since they share servers and models;
 # files begin in their order, in which the long ones come first.
 test: setup
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations=25

@@ -78,7 +78,7 @@ def audited(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     measured = audit(
         tiny_model(), tiny_tokenizer(), texts, SHADOW, (1, 2), ("lens", "nearest", "mlp", "search"),
-        ("none", "int8", "encrypted"), tokens=14, windows=40, steps=8,
+        ("none", "int8", "encrypted"), tokens=14, windows=40, steps=4,
         # Under encryption no candidate is the right one: eight show that as well as all of them.
         create_attack=lambda name: Search(patience=8) if name == "search" else create(name),
         names=Names("tiny", "notes of a hospital's night shift", "splitveil audit --model tiny --cut 1,2"),
