@@ -16,7 +16,7 @@ from splitveil.attacks.samples import Samples, Scale
 from splitveil.errors import NonFiniteError
 from splitveil.split import Crossing
 
-EFFORT = Effort(seconds=60, steps=30)
+EFFORT = Effort(seconds=60, steps=20)
 # What each recovers on the random model of these tests at least, well below what it does recover.
 LEAST = {"lens": 0.8, "nearest": 0.9, "ridge": 0.9, "mlp": 0.4, "revert": 0.95}
 CHANCE = 0.05
