@@ -26,8 +26,7 @@ demo: setup
 	$(BIN)/splitveil demo
 
 # Three workers for two cores, since many tests wait for processes, and one torch thread a worker. A file's tests stay
-# together, since they share servers and models;
-# files begin in their order, in which the long ones come first.
+# together, since they share servers and models; files begin in their order, in which the long ones come first.
 test: setup
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations=25
 
@@ -56,7 +55,7 @@ bench: setup
 	PYTHONPATH=tests $(BIN)/python benchmarks/metered.py
 	PYTHONPATH=tests $(BIN)/python benchmarks/metered.py --qwen
 	PYTHONPATH=tests $(BIN)/python benchmarks/metered.py --clients 32
-	$(BIN)/python benchmarks/extraction.py --out extraction
+	$(BIN)/python benchmarks/extraction.py --out runs/extraction
 	$(BIN)/python benchmarks/republished.py
 	$(BIN)/python benchmarks/equality.py
 

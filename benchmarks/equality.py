@@ -14,6 +14,7 @@ import sys
 import time
 
 import torch
+from fixed_length import SUBJECTS
 from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -21,25 +22,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import splitveil
 from splitveil.bench.timing import machine
 from splitveil.embedded import folder
-
-SUBJECTS = (
-    "asthma",
-    "anemia",
-    "diabetes",
-    "a stroke",
-    "gout",
-    "malaria",
-    "leukemia",
-    "arthritis",
-    "glaucoma",
-    "hepatitis",
-    "psoriasis",
-    "migraine",
-    "epilepsy",
-    "pneumonia",
-    "osteoporosis",
-    "tuberculosis",
-)
 
 
 def main() -> None:

@@ -26,8 +26,8 @@ from splitveil.serving.server import Server
 from splitveil.wire import codec
 
 SUBJECTS = (
-    "anemia",
     "asthma",
+    "anemia",
     "diabetes",
     "a stroke",
     "gout",
