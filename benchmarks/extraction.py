@@ -27,12 +27,20 @@ from splitveil.auditing.data import read_texts
 from splitveil.embedded import folder
 from splitveil.extraction.calibrate import channel_of
 from splitveil.extraction.chosen import chosen, confirm
+from splitveil.extraction.directed import ask_along
+from splitveil.extraction.guessed import Guesses
+from splitveil.extraction.honest import relative_error
+from splitveil.extraction.known import row_space
+from splitveil.extraction.measure import DIRECTED_TOKENS, Judge, worth_of_directions
 from splitveil.extraction.page import write_page
+from splitveil.extraction.prior import Plan, informed, root_of_prior, root_of_weight
 from splitveil.extraction.rows import Row
 from splitveil.extraction.run import SEEDS, Subject, run
 from splitveil.extraction.target import Target, publish_target
 from splitveil.extraction.worth import Text
-from splitveil.private.leakage import peak_ratio, rows_until
+from splitveil.private.columns import peak_ratio
+from splitveil.private.core import core_rms
+from splitveil.private.leakage import leakage, rows_until
 
 NOISES = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)
 SHARES = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 8.0)
@@ -41,6 +49,10 @@ TIMES = (1, 2, 3)
 ATTACKS = ("chosen", "directed", "honest", "trained-A", "initial-A")
 ASIDE = ("span", "published")
 """Attacks with tables of their own: they ask for nothing, or for the first r rows."""
+PARTS = (1 / 32, 0.125, 0.25, 0.5, 0.75, 0.9375, 1.0)
+"""Of d: rows at which the attack and the ledger's figure are compared."""
+LEAST = 1e-3
+"""Errors below it are not compared: what is left there is the rounding of the integer core."""
 CLONE = 0.95
 """Of the adapter's gain in perplexity: what a clone has to bring back to count as one."""
 ERRORS = (0.1, 0.01, 0.0)
@@ -98,6 +110,9 @@ def main() -> None:
         aside(found, attack)
     command = "python benchmarks/" + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
     print(f"report: {write_page(found, options.out, command)}\n")
+    if "directed" in attacks:
+        guesses = Guesses(model, adapter.path, options.initial)
+        below(Judge(model, publish_target(adapter, 0.0), text, guesses), adapter, noises)
     if attacks != [*ATTACKS, *ASIDE]:
         return
     ledger(adapter, noises, options.out / "agreement.jsonl")
@@ -242,6 +257,52 @@ def ledger(adapter: Any, noises: Sequence[float], path: Path) -> None:
             print(f"| {100 * noise:g} % | {kind} | {lines[0]['peak']:.1f} | {cells} |", flush=True)
     count = len(noises) * len(kinds) * len(ERRORS)
     print(f"\n{len(ratios)} of {count} compared; ratios from {min(ratios):.2f} to {max(ratios):.2f}\n")
+
+
+def below(judge: Judge, adapter: Any, noises: Sequence[float]) -> None:
+    """For a layer of every kind, up to d rows: the error that the better attack reaches, over what the ledger says."""
+    kinds, curves = kinds_of(judge.target), worth_of_directions(judge)
+    print(
+        "error of the best attack (c: chosen, d: directed, i: initial-A) ÷ the ledger's figure, for one layer of every"
+    )
+    print("kind; last, the least of them ÷ the figure without directions\n")
+    _heads(["noise", *(f"{share:g} d" for share in PARTS), "least without directions"])
+    ratios = []
+    for noise in noises:
+        target = publish_target(adapter, noise)
+        cells: list[str] = []
+        blind = []
+        for share in PARTS:
+            found = []
+            for layer in kinds.values():
+                width = target.publication.layers[layer].width
+                rows, channel = round(share * width), channel_of(target, layer)
+                errors = attacked(judge, target, layer, rows)
+                own = curves[target.publication.layers[layer].outputs[0][0]]
+                error, name = min((max(error, LEAST), name) for name, error in errors.items())
+                found.append((error / max(leakage(channel, rows, own).error, LEAST), name))
+                blind.append(error / max(leakage(channel, rows).error, LEAST))
+            ratios += [ratio for ratio, _ in found]
+            names = "".join(sorted({name for _, name in found}))
+            cells.append(f"{min(found)[0]:.2f} – {max(found)[0]:.2f} {names}")
+        print(f"| {100 * noise:g} % | {' | '.join(cells)} | {min(blind):.2f} |", flush=True)
+    print(f"\n{len(ratios)} compared; ratios from {min(ratios):.2f} to {max(ratios):.2f}\n")
+
+
+def attacked(judge: Judge, target: Target, layer: int, rows: int) -> dict[str, float]:
+    """Relative error of one layer's core after every attack that plans its own queries."""
+    truth, basis = target.core(layer), judge.main_directions[layer]
+    peak = float(np.abs(truth @ basis.T).max()) / core_rms(len(basis))
+    tries = {
+        "c": chosen(target.client(), layer, rows, peak_ratio=peak_ratio([truth])).values,
+        "d": ask_along(target.client(), layer, rows, basis[:rows], peak),
+    }
+    if judge.recognised.sure:
+        initial = row_space(judge.recognised.rows[target.publication.layers[layer].outputs[0][0]])
+        weight = root_of_weight(len(basis), judge.foreseen(DIRECTED_TOKENS)[layer])
+        plan = Plan.of(root_of_prior(initial, judge.recognised.outside), weight)
+        tries["i"] = informed(target.client(), layer, rows, plan, plan.peak_ratio(truth))
+    return {name: relative_error(one, truth) for name, one in tries.items()}
 
 
 def kinds_of(target: Target) -> dict[str, int]:

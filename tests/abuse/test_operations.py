@@ -47,6 +47,7 @@ from splitveil.errors import (
 )
 from splitveil.metering import Database, Keyring, accounts
 from splitveil.private.layer import public_half
+from splitveil.serving.directions import FILE as DIRECTIONS
 from splitveil.serving.operations import exposition
 from splitveil.serving.operations.logs import Json, Text
 from splitveil.serving.publishing import ServedAdapter
@@ -535,7 +536,7 @@ def test_what_cannot_be_replaced(vendor: Vendor) -> None:
 def test_a_folder_is_published_again_when_it_has_changed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """And only then: many publications of the same weights say more than one."""
     adapter = tmp_path / "clinic"
-    shutil.copytree(folder("clinic"), adapter)
+    shutil.copytree(folder("clinic"), adapter, ignore=shutil.ignore_patterns(DIRECTIONS))
     with serve({"clinic": adapter}, "127.0.0.1:0", metrics="127.0.0.1:0") as server:
         mine = 'splitveil_publication_version{adapter="clinic"}'
         reload(server, {"clinic": adapter})

@@ -28,6 +28,7 @@ from splitveil.embedded import folder
 from splitveil.errors import ConfigurationError, ConnectionFailedError
 from splitveil.metering import Database, Keyring, accounts
 from splitveil.serving.connect import connection
+from splitveil.serving.directions import FILE as DIRECTIONS
 from splitveil.serving.tls import ClientTLS
 
 QUESTION = "Question: What is anemia?\nAnswer:"
@@ -127,7 +128,7 @@ def test_one_servers_life(base: tuple[Any, Any], tmp_path: Path, monkeypatch: py
     authority = Authority(tmp_path, "authority")
     server, client = authority.issue("server"), authority.issue("client")
     adapter = tmp_path / "clinic"
-    shutil.copytree(folder("clinic"), adapter)
+    shutil.copytree(folder("clinic"), adapter, ignore=shutil.ignore_patterns(DIRECTIONS))
     ledger = f"sqlite:///{tmp_path / 'ledger.sqlite'}"
     with Database(ledger) as database:
         key, _ = Keyring(database).create("acme-hospital")

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,11 +20,12 @@ from splitveil.lattice.parameters import DEFAULT
 from splitveil.metering import Account, Database, Keyring, LedgerGate, Site, accounts, limits
 from splitveil.metering.storage import schema
 from splitveil.private import exposure, leakage
+from splitveil.private.columns import Channel, peak_ratio
 from splitveil.private.core import LayerSpec
+from splitveil.private.directions import Directions
 from splitveil.private.exposure import Facts, facts_of, leakage_of
 from splitveil.private.lattice_served import publish
 from splitveil.private.layer import publish as publish_layers
-from splitveil.private.leakage import Channel, peak_ratio
 from splitveil.serving.exposure import known_attack_error, rows_until_learned, sites_of
 from splitveil.serving.publishing import ServedAdapter
 from splitveil.serving.serve import metered
@@ -177,6 +179,29 @@ def test_the_vendor_is_told_what_a_client_knows(url: str) -> None:
     table = CliRunner().invoke(keys, ["list"], catch_exceptions=False).stdout
     for part in ("best known attack", "error", "no bound", "m1", "1 of 2", f"{acme['rows_left']}"):
         assert part in " ".join(table.split())
+
+
+def test_the_vendor_is_told_whether_the_base_model_is_reckoned_with(url: str) -> None:
+    """Which takes directions; without them the figure is marked, and said to be too large."""
+    plain = adapter(0.1)
+    curve = (Directions((16, 64, 128), (0.3, 0.1, 0.0), 3.0), Directions((128,), (0.0,), 9.0))
+    full = replace(plain, directions={"m1": curve[1:], "m2": curve})
+    errors = []
+    with Database(url) as database:
+        Keyring(database).create("acme")
+        for served_adapter, known in ((plain, False), (full, True)):
+            name = f"known-{known}"
+            metered({name: served_adapter}, database, 400).reserve("acme", name, "m2", 16)
+            acme = listed()[0]
+            (one,) = [one for one in acme["by_adapter"] if one["adapter"] == name]  # type: ignore[attr-defined]
+            assert one["base_model_reckoned_with"] is known
+            errors.append(one["best_known_attack_error"])
+    assert errors[0] > 0.9
+    assert errors[1] == pytest.approx(math.sqrt(0.3), rel=0.02)
+    table = CliRunner().invoke(keys, ["list"], catch_exceptions=False).stdout
+    marked = [line for line in table.splitlines() if line.startswith("acme")]
+    assert ["*" in line for line in marked] == ["known-False" in line for line in marked]
+    assert "extract --directions" in table
 
 
 def test_noise_that_is_raised_later_does_not_make_anything_unlearned(url: str) -> None:

@@ -28,6 +28,7 @@ from splitveil.extraction.target import Delta, Target, errors, publish_target
 from splitveil.extraction.through import served
 from splitveil.extraction.worth import Perplexity, Text, attached, hooked, perplexity, share_lost
 from splitveil.private.core import LayerSpec
+from splitveil.private.directions import Directions
 from splitveil.private.layer import public_half
 from splitveil.private.layer import publish as publish_layers
 
@@ -260,7 +261,8 @@ def test_a_grid_that_ends_too_early_is_prolonged(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(calibration, "publish_target", publish)
     monkeypatch.setattr(calibration, "served", lambda model, target: nullcontext())
     monkeypatch.setattr(calibration, "perplexity", measured)
-    monkeypatch.setattr(calibration, "rows_needed", lambda target: (1, 2, 3))
+    monkeypatch.setattr(calibration, "rows_needed", lambda target, directions: (1, 2, 3))
+    monkeypatch.setattr(calibration, "worth_of_directions", lambda judge: {})
     nothing: Any = None
     found = calibrate(nothing, nothing, nothing, fraction=0.3, grid=(0.0, 0.1))
     assert found.proposal.lost <= 0.3
@@ -312,8 +314,14 @@ def test_calibration_where_there_is_no_gain_or_no_sense(case: Small) -> None:
 
 def test_rows_needed_are_those_of_the_layer_that_falls_first(quiet: Judge) -> None:
     target: Target = quiet.target
-    ten, one, exact = rows_needed(target)
+    ten, one, exact = rows_needed(target, {})
     assert ten is not None
     assert one is not None
     assert exact == 64, "d = 64 falls before d = 96"
     assert ten <= one <= exact
+    name = target.publication.layers[-1].outputs[0][0]
+    assert rows_needed(target, {name: (Directions((64,), (0.0,), 4.0), Directions((3, 64), (0.005, 0.0), 4.0))}) == (
+        3,
+        one,
+        exact,
+    )

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from splitveil.extraction.chosen import Estimate, assumed_peak, chosen, confirm
 from splitveil.extraction.client import Client
 from splitveil.lattice.parameters import DEFAULT, ParameterSet
+from splitveil.private.columns import Channel, peak_ratio, schemes
 from splitveil.private.core import LayerSpec
 from splitveil.private.lattice_served import LatticeServed, publish
-from splitveil.private.leakage import Channel, leakage, peak_ratio, rows_until, schemes
+from splitveil.private.leakage import leakage, rows_until
 from splitveil.private.published import Publication
 
 I64 = NDArray[np.int64]

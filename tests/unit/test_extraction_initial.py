@@ -16,7 +16,7 @@ from splitveil.errors import ConfigurationError
 from splitveil.extraction.guessed import CHECKING_ROWS, Guesses, recognise
 from splitveil.extraction.known import row_space
 from splitveil.extraction.measure import Judge, directed_queries, honest_text, initial_rows
-from splitveil.extraction.prior import _shared_out, informed, root_of_prior
+from splitveil.extraction.prior import Plan, _shared_out, informed, root_of_prior
 from splitveil.extraction.target import errors, publish_target
 
 CLINIC_SEED = 1  # training/clinic_adapter.py
@@ -131,7 +131,8 @@ def without_prior(judge: Judge, rows: int) -> float:
     for index, layer in enumerate(judge.target.publication.layers):
         prior = root_of_prior(row_space(judge.recognised.rows[layer.outputs[0][0]]), 1.0)
         assert np.allclose(prior, prior[0, 0] * np.eye(layer.width))
-        cores[index] = informed(client, index, rows, prior, np.eye(layer.width))
+        plan = Plan.of(prior, np.eye(layer.width))
+        cores[index] = informed(client, index, rows, plan, plan.peak_ratio(judge.target.core(index)))
     return errors(judge.target.clone(cores), judge.target.truth)[""]
 
 

@@ -7,18 +7,9 @@ import numpy as np
 import pytest
 
 from splitveil.lattice.parameters import DEFAULT, Q
+from splitveil.private.columns import Channel, averaged_sigma, peak_ratio, plan, schemes, upper_tail
 from splitveil.private.core import core_rms
-from splitveil.private.leakage import (
-    LEARNED,
-    Channel,
-    averaged_sigma,
-    leakage,
-    peak_ratio,
-    plan,
-    rows_until,
-    schemes,
-    upper_tail,
-)
+from splitveil.private.leakage import LEARNED, leakage, rows_until
 
 
 def channel(noise: float, width: int = 256, peak: float = 4.5) -> Channel:

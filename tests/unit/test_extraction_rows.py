@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -11,13 +12,17 @@ import torch
 from click.testing import CliRunner
 from extraction_support import Small, small
 
+from splitveil.adapters import load_adapter
 from splitveil.cli import cli
+from splitveil.embedded import folder
 from splitveil.errors import ConfigurationError, DataError
 from splitveil.extraction import calibrate as calibration
 from splitveil.extraction import run as running
 from splitveil.extraction.page import write_page
 from splitveil.extraction.rows import Row, Store, key_of
 from splitveil.extraction.run import Subject, default_rows, run
+from splitveil.serving.directions import FILE as DIRECTIONS
+from splitveil.serving.directions import read_directions_file
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +164,19 @@ def test_the_command_line_attacks_a_folder(case: Small, tmp_path: Path) -> None:
     assert len((out / "rows.jsonl").read_text().splitlines()) == 31  # 30 modules, and all together
 
 
+def test_directions_go_into_the_adapters_folder(tmp_path: Path) -> None:
+    adapter = shutil.copytree(folder("clinic"), tmp_path / "clinic", ignore=shutil.ignore_patterns(DIRECTIONS))
+    data = tmp_path / "text.txt"
+    data.write_text("\n".join(["Anemia is a condition in which the blood has too few red cells."] * 60))
+    arguments = ["extract", "--base", "embedded:base", "--adapter", str(adapter), "--data", str(data), "--length", "32"]
+    result = CliRunner().invoke(cli, [*arguments, "--directions"], catch_exceptions=False)
+    assert f"written {adapter / DIRECTIONS}" in result.output
+    found = read_directions_file(load_adapter(adapter))
+    assert found is not None
+    assert len(found) == 30
+    assert "model.layers.5.mlp.up_proj" in result.output
+
+
 def test_a_calibration_begins_with_the_noise_that_is_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     begun: list[tuple[float, ...]] = []
 
@@ -192,6 +210,10 @@ def test_a_calibration_begins_with_the_noise_that_is_given(monkeypatch: pytest.M
         (["extract", "--base", "b", "--adapter", "a", "--out", "o", "--calibrate"], "--data"),
         (["extract", "--base", "b", "--adapter", "a", "--data", "d", "--calibrate", "--rows", "8"], "no --rows"),
         (["extract", "--base", "b", "--adapter", "a", "--data", "d", "--calibrate", "--attack", "span"], "no --attack"),
+        (["extract", "--base", "b", "--adapter", "a", "--directions"], "--directions measures on held-out text"),
+        (["extract", "--base", "b", "--adapter", "a", "--data", "d", "--directions", "--rows", "8"], "no --rows"),
+        (["extract", "--base", "b", "--adapter", "a", "--data", "d", "--directions", "--noise", "0"], "no --noise"),
+        (["extract", "--base", "b", "--adapter", "a", "--data", "d", "--directions", "--calibrate"], "one of them"),
     ],
 )
 def test_the_command_line_says_what_is_missing(arguments: list[str], message: str) -> None:

@@ -9,7 +9,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from splitveil.embedded import folder
-from splitveil.errors import ConfigurationError
+from splitveil.errors import ConfigurationError, DataError
+from splitveil.metering import Database
+from splitveil.metering.storage.sites import in_force
+from splitveil.serving.directions import FILE
 from splitveil.serving.serve import reload, serve
 from splitveil.serving.server import Server
 
@@ -67,6 +70,36 @@ def test_a_limit_within_which_a_layer_is_learned_is_warned_of(
     assert warned() == ["limit_too_high"]
 
 
+def test_directions_that_were_not_measured_are_warned_of(tmp_path: Path, warned: Warned, url: str) -> None:
+    """The ledger's figure is then that of an attacker without the base model. Measured ones are declared, and heard."""
+    adapter = tmp_path / "adapter"
+    shutil.copytree(folder("clinic"), adapter)
+    kept = (adapter / FILE).read_bytes()
+    (adapter / FILE).unlink()
+    folders = {"clinic": adapter}
+    with serve(folders, "127.0.0.1:0", ledger=url) as server:
+        assert warned() == ["directions_not_measured"]
+        with Database(url) as database:
+            assert not any("directions" in facts.facts for facts in in_force(database).values())
+            (adapter / FILE).write_bytes(kept)
+            reload(server, folders)
+            assert all("directions" in facts.facts for facts in in_force(database).values())
+    serve(folders, "127.0.0.1:0", engine="sealed", ledger=url).close()
+    assert warned() == [], "of the sealed engine no figure is given"
+
+
+def test_directions_of_other_weights_are_refused(tmp_path: Path, url: str, warned: Warned) -> None:
+    adapter = shutil.copytree(folder("clinic"), tmp_path / "adapter")
+    folders = {"clinic": adapter}
+    with serve(folders, "127.0.0.1:0", ledger=url) as server:
+        before = server.source("clinic")
+        save_file({name: np.negative(one) for name, one in load_file(adapter / WEIGHTS).items()}, adapter / WEIGHTS)
+        reload(server, folders)
+        assert server.source("clinic") == before
+    with pytest.raises(DataError, match="measured of other weights"):
+        serve(folders, "127.0.0.1:0", ledger=url)
+
+
 def test_one_adapter_under_two_names_is_refused_where_rows_are_counted(tmp_path: Path, url: str) -> None:
     copy = shutil.copytree(folder("clinic"), tmp_path / "copy")
     twice = {"clinic": folder("clinic"), "law": copy}
@@ -78,7 +111,7 @@ def test_one_adapter_under_two_names_is_refused_where_rows_are_counted(tmp_path:
 
 def test_nor_does_an_adapter_become_another(tmp_path: Path, url: str, warned: Warned) -> None:
     """By replacing one adapter with the weights of another that is served."""
-    other = shutil.copytree(folder("clinic"), tmp_path / "other")
+    other = shutil.copytree(folder("clinic"), tmp_path / "other", ignore=shutil.ignore_patterns(FILE))
     save_file({name: np.negative(tensor) for name, tensor in load_file(other / WEIGHTS).items()}, other / WEIGHTS)
     folders = {"clinic": folder("clinic"), "law": other}
     with serve(folders, "127.0.0.1:0", ledger=url, limit=10) as server:

@@ -51,6 +51,7 @@ class _Numbers(click.ParamType[tuple[float, ...]]):
 @click.option("--initial", metavar="SEEDS|DIR", help="What initial-A tries: 0-99 if not given, or a PEFT folder.")
 @click.option("--hardness", is_flag=True, help="Bits of every parameter set against the known lattice attacks.")
 @click.option("--calibrate", is_flag=True, help="Propose the largest noise that the adapter's gain bears.")
+@click.option("--directions", is_flag=True, help="Measure what directions are worth; into the adapter's folder.")
 @click.option("--fraction", default=0.05, show_default=True, help="Of the gain, that noise may cost (--calibrate).")
 @click.option("--tokens", default=8192, show_default=True, metavar="N", help="Of the text, to read.")
 @click.option("--length", default=256, show_default=True, metavar="N", help="Of a window of text, in tokens.")
@@ -66,6 +67,7 @@ def extract(
     initial: str | None,
     hardness: bool,
     calibrate: bool,
+    directions: bool,
     fraction: float,
     tokens: int,
     length: int,
@@ -88,6 +90,7 @@ def extract(
     \b
     splitveil extract --base embedded:base --adapter embedded:clinic --data held-out.jsonl --out extraction
     splitveil extract --base DIR --adapter DIR --data FILE --calibrate
+    splitveil extract --base DIR --adapter DIR --data FILE --directions
     splitveil extract --attack published
     splitveil extract --hardness
 
@@ -104,15 +107,20 @@ def extract(
             _reductions(None)
         if hardness or names == ("published",):
             return
-    if base is None or adapter is None or (out is None and not calibrate):
+    if base is None or adapter is None or (out is None and not calibrate and not directions):
         raise ConfigurationError(
-            "--base, --adapter and --out are needed to attack an adapter (--calibrate needs no --out; --hardness and "
-            "--attack published by itself need none)"
+            "--base, --adapter and --out are needed to attack an adapter (--calibrate and --directions need no --out; "
+            "--hardness and --attack published by itself need none)"
         )
-    if calibrate and data is None:
-        raise ConfigurationError("--calibrate measures perplexity on held-out text; give --data")
-    if calibrate and (rows is not None or names is not None):
-        raise ConfigurationError("--calibrate takes no --rows and no --attack: it says itself how many rows are needed")
+    if calibrate and directions:
+        raise ConfigurationError("--calibrate and --directions are two measurements; give one of them at a time")
+    for flag, given in (("--calibrate", calibrate), ("--directions", directions)):
+        if given and data is None:
+            raise ConfigurationError(f"{flag} measures on held-out text; give --data")
+        if given and (rows is not None or names is not None):
+            raise ConfigurationError(f"{flag} takes no --rows and no --attack: it attacks nothing by itself")
+    if directions and noises is not None:
+        raise ConfigurationError("--directions takes no --noise: what is measured holds for every noise")
     from splitveil.adapters import load_adapter
     from splitveil.auditing.data import read_texts
     from splitveil.extraction.run import ATTACKS, SEEDS, Subject, default_rows, run
@@ -133,6 +141,11 @@ def extract(
         with _status() as watch:
             found = measure(model, loaded, text, fraction=fraction, grid=noises or GRID, watch=watch)
         _dials(found)
+        return
+    if directions:
+        with _status() as watch:
+            watch("directions")
+            _directions(model, loaded, text, initial)
         return
     if out is None:
         raise ConfigurationError("--out is needed: a folder for the rows and the report")
@@ -254,6 +267,46 @@ def _percent(row: Any) -> str:
         return "not measured"
     value = 100 * row.value
     return f"{value:.3g} %" if value < 99.95 else f"{value:.0f} %"
+
+
+def _directions(model: Any, adapter: Any, text: Any, initial: str | None) -> None:
+    """Raises ``ConfigurationError`` where ``initial`` makes no sense, and for a folder that cannot be written to."""
+    from splitveil.extraction.guessed import Guesses
+    from splitveil.extraction.measure import Judge, worth_of_directions
+    from splitveil.extraction.run import SEEDS
+    from splitveil.extraction.target import publish_target
+    from splitveil.serving.directions import write_directions_file
+
+    target = publish_target(adapter, 0.0)
+    judge = Judge(model, target, text, Guesses(model, adapter.path, initial or SEEDS))
+    try:
+        known = judge.recognised
+        words = (
+            f"A before training: {known.name} is recognised, and reckoned with."
+            if known.sure
+            else f"A before training is not among {initial or SEEDS}: it is not reckoned with. If others know it, give "
+            "--initial."
+        )
+    except ConfigurationError as why:
+        if initial is not None:
+            raise
+        judge, words = Judge(model, target, text), f"A before training is not reckoned with: {why}"
+    found = worth_of_directions(judge)
+    shares = (8, 4, 2)
+    rows = []
+    for name, own in found.items():
+        width = own[0].counts[-1]
+        left = [f"{100 * math.sqrt(min(one.left(width // part) for one in own)):.3g} %" for part in shares]
+        rows.append((name, f"{width:,}", *left))
+    heads = ("layer", "d", *(f"error after d/{part} rows" for part in shares))
+    _print(heads, rows, left=1)
+    click.echo(words)
+    blind = ", ".join(f"{100 * math.sqrt(1 - 1 / part):.3g}" for part in shares)
+    click.echo(
+        f"Queries along directions that say nothing of the weights would leave {blind} %. With this file in the "
+        "adapter's folder, the ledger's figure is that of an attacker who has the base model.\n"
+        f"written {write_directions_file(adapter, found)}"
+    )
 
 
 def _dials(found: Any) -> None:

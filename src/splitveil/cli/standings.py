@@ -11,11 +11,14 @@ from splitveil.metering import Database, Standing, accounts, limits, standing
 CAPTION = (
     "Best known attack: the relative error to which it is expected to rebuild the weights of the client's most "
     "advanced layer, from the rows spent there and under the least noise that was ever in force. It is the best that "
-    "is known without side information, and no bound. Before the rows reach a layer's inputs, everybody can do better "
-    "who has the public base model and asks along the main directions of its activations, and most of what the adapter "
-    "is worth may be gone already; so can who knows one of the adapter's two factors, A: the trained one, or, worth "
-    "less, the one that training began with. Learned: layers that were asked for as many rows as they have inputs, or "
-    "for so many that this error is 10 % or less."
+    "is known, and no bound. It reckons with the public base model, but not with an attacker who knows one of the "
+    "adapter's two factors, A: the trained one, or, worth less, the one that training began with. Before the rows "
+    "reach a layer's inputs, most of what the adapter is worth may be gone already. Learned: layers asked for as "
+    "many rows as they have inputs, or for so many that this error is 10 % or less."
+)
+WITHOUT_BASE = (
+    "* Of an attacker without the public base model, and too large for everybody else: nothing was measured of this "
+    "adapter's directions. Measure with `splitveil extract --directions`, and serve it again."
 )
 ONE_ANSWER = "one answer may be enough"
 ABOUT_ONE_ANSWER = (
@@ -34,6 +37,8 @@ class Client:
     standings: tuple[Standing, ...]
     limits: tuple[int | None, ...]
     """In force, layer by layer; None where there is no limit, or where no server of this version declared one yet."""
+    base_known: bool = False
+    """Whether the error is that of an attacker who has the base model."""
     one_answer: bool = False
     """Whether the sealed engine answered it: what it knows depends on its keys' honesty, not on its rows."""
 
@@ -73,6 +78,7 @@ class Client:
             "layers_asked": len(self.standings),
             "layers_learned": self.learned,
             "best_known_attack_error": None if math.isnan(error) else error,
+            "base_model_reckoned_with": self.base_known,
             "one_answer_may_be_enough": self.one_answer,
             "most_advanced_layer": self.advanced.account.site,
         }
@@ -84,7 +90,7 @@ def clients(database: Database) -> list[Client]:
     Raises ``RefusedError`` if the database fails, ``DataError`` or ``ParameterError`` for a layer of which it holds
     what this version cannot read.
     """
-    from splitveil.serving.exposure import known_attack_error, one_answer_may_be_enough
+    from splitveil.serving.exposure import base_model_reckoned_with, known_attack_error, one_answer_may_be_enough
 
     in_force = limits(database)
     found: defaultdict[tuple[str, str], list[Standing]] = defaultdict(list)
@@ -97,6 +103,7 @@ def clients(database: Database) -> list[Client]:
             adapter,
             tuple(own),
             tuple(in_force.get((adapter, one.account.site)) for one in own),
+            all(base_model_reckoned_with(one.account) for one in own),
             any(one_answer_may_be_enough(one.account) for one in own),
         )
         for (name, adapter), own in found.items()
@@ -145,13 +152,25 @@ def print_clients(found: Collection[Client]) -> None:
             f"{client.rows:,}",
             "no limit" if client.left is None else f"{client.left:,}",
             f"{client.learned} of {len(client.standings)}",
-            ONE_ANSWER if client.one_answer else shown(client.advanced.known_attack_error),
+            _attack(client),
             client.advanced.account.site,
         )
     console.print(table)
     console.print(CAPTION, markup=False, highlight=False)
+    if any(_marked(client) for client in found):
+        console.print(WITHOUT_BASE, markup=False, highlight=False)
     if any(client.one_answer for client in found):
         console.print(ABOUT_ONE_ANSWER, markup=False, highlight=False)
+
+
+def _attack(client: Client) -> str:
+    if client.one_answer:
+        return ONE_ANSWER
+    return shown(client.advanced.known_attack_error) + (" *" if _marked(client) else "")
+
+
+def _marked(client: Client) -> bool:
+    return not (client.base_known or client.one_answer or math.isnan(client.advanced.known_attack_error))
 
 
 def shown(error: float) -> str:

@@ -7,10 +7,13 @@ from typing import Any
 
 from splitveil.adapters import Adapter
 from splitveil.errors import ConfigurationError
+from splitveil.extraction.measure import Judge, worth_of_directions
 from splitveil.extraction.target import Target, publish_target
 from splitveil.extraction.through import served
 from splitveil.extraction.worth import Perplexity, Text, perplexity, share_lost
-from splitveil.private.leakage import Channel, peak_ratio, rows_until
+from splitveil.private.columns import Channel, peak_ratio
+from splitveil.private.directions import ByLayer
+from splitveil.private.leakage import rows_until, rows_until_along
 from splitveil.private.published import MAX_NOISE
 
 GRID = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)
@@ -105,8 +108,9 @@ def calibrate(
         )
 
     def dial(noise: float, target: Target, found: Perplexity) -> Dial:
-        return Dial(noise, found, *share_lost(base, best, found), rows_needed(target))
+        return Dial(noise, found, *share_lost(base, best, found), rows_needed(target, directions))
 
+    directions = worth_of_directions(Judge(model, quiet, text))
     dials = [dial(0.0, quiet, best)]
     dials += [dial(noise, *measure(noise)) for noise in sorted(set(grid) - {0.0})]
     while all(one.lost <= fraction for one in dials) and dials[-1].noise < MAX_NOISE:
@@ -125,13 +129,18 @@ def calibrate(
     return Calibration(base, tuple(dials), fraction, within[-1])
 
 
-def rows_needed(target: Target) -> tuple[int | None, int | None, int | None]:
-    """Rows for 10 %, 1 % and exact, of the layer that the best known attack learns first."""
-    channels = {channel_of(target, index) for index in range(len(target.publication.layers))}
+def rows_needed(target: Target, directions: ByLayer) -> tuple[int | None, int | None, int | None]:
+    """Rows for 10 %, 1 % and exact, of the layer that the best known attack learns first.
+
+    ``directions``, by the name of a layer's first module, are what they are worth to an attacker with the base model.
+    """
+    layers = target.publication.layers
+    channels = {layer.outputs[0][0]: channel_of(target, index) for index, layer in enumerate(layers)}
 
     def fewest(error: float) -> int | None:
-        found = []
-        for channel in channels:
+        along = [rows_until_along(channels[name], one, error) for name, own in directions.items() for one in own]
+        found = [rows for rows in along if rows is not None and error > 0]
+        for channel in set(channels.values()):
             try:
                 found.append(rows_until(channel, error))
             except OverflowError:  # no searched scheme gets there at this layer

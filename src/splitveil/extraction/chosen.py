@@ -1,6 +1,6 @@
 """Chosen queries: a column a row, then the modular ladder; or several columns a row where there is hardly any noise.
 
-The plan is that of ``private.leakage``, which states the mathematics; this module carries it out against a server and
+The plan is that of ``private.columns``, which states the mathematics; this module carries it out against a server and
 reads the answers. Protocol design, section 6.
 """
 
@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from splitveil.extraction.client import Client, centred, residues
 from splitveil.lattice.parameters import Q
 from splitveil.lattice.randomness import secret_words
+from splitveil.private.columns import Channel, Scheme, averaged_sigma, plan
 from splitveil.private.core import core_rms
-from splitveil.private.leakage import Channel, Scheme, averaged_sigma, plan
 
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]

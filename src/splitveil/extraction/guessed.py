@@ -24,7 +24,7 @@ from splitveil.errors import ConfigurationError
 from splitveil.extraction.client import Client, residues
 from splitveil.extraction.known import row_space
 from splitveil.private.bound import HALF
-from splitveil.private.leakage import MARGIN
+from splitveil.private.columns import MARGIN
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -143,6 +143,11 @@ class Recognised:
     certain: float
     """A surprise below this is no accident: if no guess is right, the least surprising is above it but for one time
     in 1/``FALSE_ALARM``."""
+
+    @property
+    def sure(self) -> bool:
+        """Whether the guess is right, as far as its answers can tell."""
+        return self.surprise <= self.certain
 
     @property
     def outside(self) -> float:

@@ -2,18 +2,16 @@
 
 Whoever knows A as it was trained (it was frozen, published, or belongs to a family of adapters that share it) knows
 where all rows of the core C = M·A lie; r answers give M. Who knows only what A was before training: ``guessed``.
-
-The same queries along the directions in which real activations vary most (``directions``) are the best that is known
-for fewer rows than columns, judged by what the clone does to real text.
 """
 
 import numpy as np
 from numpy.typing import NDArray
 
+from splitveil.errors import ConfigurationError
 from splitveil.extraction.chosen import Estimate
 from splitveil.extraction.client import Client, residues
 from splitveil.private.bound import HALF
-from splitveil.private.leakage import MARGIN
+from splitveil.private.columns import MARGIN
 
 F64 = NDArray[np.float64]
 
@@ -25,25 +23,16 @@ def row_space(guess: NDArray[np.float32]) -> F64:
     return found
 
 
-def directions(inputs: NDArray[np.float32], count: int) -> F64:
-    """``count`` orthonormal directions (k, d), or fewer, that hold most of activations (T, d); the best first."""
-    x = inputs.astype(np.float64)
-    sizes, vectors = np.linalg.eigh(x.T @ x)
-    order = np.argsort(sizes)[::-1][:count]
-    found: F64 = vectors[:, order].T
-    return found
-
-
 def known_rows(client: Client, layer: int, rows: int, basis: F64) -> Estimate:
     """The core from ``rows`` rows of queries along ``basis`` (r, d), in turn; with more than r, noise averages out.
 
-    No query wraps, whatever the core: |⟨C_j, x̂⟩| ≤ ρ‖x̂‖₂.
+    No query wraps, whatever the core: |⟨C_j, x̂⟩| ≤ ρ‖x̂‖₂. Raises ``ConfigurationError`` where noise leaves no room.
     """
     published = client.layer(layer)
     asked = basis[np.arange(rows) % len(basis)]
     size = (HALF - MARGIN * client.sigma(layer)) / (published.norm_bound + 1)
     if size < 1:
-        raise ValueError("the answer noise is as wide as the modulus; a single query along a direction tells nothing")
+        raise ConfigurationError("the answer noise is as wide as the modulus: a query along a direction tells nothing")
     queries = np.rint(asked * size).astype(np.int64)
     answers = client.ask(layer, residues(queries)).astype(np.float64)
     # answers = (x̂·basisᵀ)·Mᵀ + g, with all of x̂ known.

@@ -10,16 +10,19 @@ from numpy.typing import NDArray
 
 from splitveil.errors import ConfigurationError
 from splitveil.extraction.chosen import chosen, confirm
+from splitveil.extraction.directed import ask_along, initial_first, main_directions
 from splitveil.extraction.guessed import Guesses, Recognised, recognise
 from splitveil.extraction.hint import attack_layer
 from splitveil.extraction.honest import converse, regress
-from splitveil.extraction.known import directions, known_rows, row_space
-from splitveil.extraction.prior import informed, root_of_prior, root_of_weight
+from splitveil.extraction.known import known_rows, row_space
+from splitveil.extraction.prior import Plan, informed, root_of_prior, root_of_weight
 from splitveil.extraction.span import outside, span
 from splitveil.extraction.target import Target, errors
 from splitveil.extraction.through import served
 from splitveil.extraction.worth import Perplexity, Text, activations, attached, perplexity
-from splitveil.private.leakage import peak_ratio
+from splitveil.private.columns import peak_ratio
+from splitveil.private.core import core_rms
+from splitveil.private.directions import ByLayer, along
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -41,7 +44,7 @@ class Judge:
         self.model = model
         self.target = target
         self.text = text
-        self._guesses = guesses
+        self.guesses = guesses
 
     @cached_property
     def _halves(self) -> tuple[Text, Text]:
@@ -73,11 +76,16 @@ class Judge:
         return {index: found[name] for index, name in enumerate(self._names)}
 
     @cached_property
+    def main_directions(self) -> dict[int, F64]:
+        """Of the layers' inputs without the adapter, all of them, the one that holds most first: layer → (k, d)."""
+        return {index: main_directions(inputs) for index, inputs in self.foreseen(DIRECTED_TOKENS).items()}
+
+    @cached_property
     def recognised(self) -> Recognised:
         """The best of the attacker's guesses at the initial A, found once: the same serves every number of rows."""
-        if self._guesses is None:
+        if self.guesses is None:
             raise ConfigurationError("this attack needs a guess at the initial A; give --initial")
-        return recognise(self.target.client(), self._guesses)
+        return recognise(self.target.client(), self.guesses)
 
     @cached_property
     def _held_out(self) -> dict[str, F32]:
@@ -142,17 +150,33 @@ def honest_text(judge: Judge, rows: int) -> Measured:
 def directed_queries(judge: Judge, rows: int) -> Measured:
     """(a') Chosen queries along the directions in which the base model's activations vary most, the largest first.
 
-    The base model is public, so an attacker knows these directions beforehand. For fewer rows than columns this is what
-    counts: most of what an adapter does to real text happens along few of them. Raises ``ConfigurationError`` without
-    text.
+    As in (a) the attacker is taken to have guessed one number of each core. Raises ``ConfigurationError`` without text.
     """
     target = judge.target
     client, cores = target.client(), {}
-    for index, inputs in judge.foreseen(DIRECTED_TOKENS).items():
-        published = target.publication.layers[index]
-        basis = directions(inputs, min(rows, published.width))
-        cores[index] = known_rows(client, index, rows, basis).values
+    for index, basis in judge.main_directions.items():
+        largest = float(np.abs(target.core(index) @ basis.T).max()) / core_rms(len(basis))
+        cores[index] = ask_along(client, index, rows, basis[:rows], max(largest, 0.25))
     return judge.judged(cores)
+
+
+def worth_of_directions(judge: Judge) -> ByLayer:
+    """What directions are worth to an attacker, by the name of a layer's first module: the vendor's to measure.
+
+    In the order of the base model's activations, and, where the judge's guesses have the initial A among them, in that
+    of ``initial_first``. Raises ``ConfigurationError`` without text.
+    """
+    found = {}
+    for index, basis in judge.main_directions.items():
+        name, core = judge.target.publication.layers[index].outputs[0][0], judge.target.core(index)
+        curves = [along(core, basis)]
+        if judge.guesses is not None and (known := judge.recognised).sure:
+            initial = row_space(known.rows[name])
+            order = initial_first(initial, basis)
+            expected = np.linalg.norm(order @ root_of_prior(initial, known.outside), axis=1)
+            curves.append(along(core, order, expected))
+        found[name] = tuple(curves)
+    return found
 
 
 def trained_rows(judge: Judge, rows: int) -> Measured:
@@ -168,11 +192,12 @@ def trained_rows(judge: Judge, rows: int) -> Measured:
 def initial_rows(judge: Judge, rows: int) -> Measured:
     """(c') With A as PEFT drew it, which training has moved since: a prior on where the core's rows lie, and no more.
 
-    Text, where there is some, says which errors count. To recognise the guess takes r + 16 rows of every layer beyond
-    ``rows``, once. Raises ``ConfigurationError`` where no guess is recognised: then there is nothing to go by.
+    As in (a) the attacker is taken to have guessed one number of each core. Text, where there is some, says which
+    errors count. To recognise the guess takes r + 16 rows of every layer beyond ``rows``, once. Raises
+    ``ConfigurationError`` where no guess is recognised: then there is nothing to go by.
     """
     target, known = judge.target, judge.recognised
-    if known.surprise > known.certain:
+    if not known.sure:
         raise ConfigurationError(
             f"no initial A is recognised: the best guess, {known.name}, has a surprise of {known.surprise:.3f}; "
             f"{known.certain:.3f} or less would do, and a wrong one has {known.chance:.3f}"
@@ -181,7 +206,8 @@ def initial_rows(judge: Judge, rows: int) -> Measured:
     seen = {} if judge.text is None else judge.foreseen(DIRECTED_TOKENS)
     for index, layer in enumerate(target.publication.layers):
         prior = root_of_prior(row_space(known.rows[layer.outputs[0][0]]), known.outside)
-        cores[index] = informed(client, index, rows, prior, root_of_weight(layer.width, seen.get(index)))
+        plan = Plan.of(prior, root_of_weight(layer.width, seen.get(index)))
+        cores[index] = informed(client, index, rows, plan, max(plan.peak_ratio(target.core(index)), 0.25))
     surprises = {"surprise": known.surprise, "surprise of a wrong guess": known.chance}
     return {**judge.judged(cores), **{name: (value, math.nan, math.nan) for name, value in surprises.items()}}
 

@@ -7,15 +7,17 @@ the expected error: among many directions at first, to repetitions where there i
 """
 
 import heapq
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
+from splitveil.errors import ConfigurationError
 from splitveil.extraction.client import Client, residues
 from splitveil.extraction.honest import ridge
 from splitveil.private.bound import HALF
+from splitveil.private.columns import MARGIN, Channel
 from splitveil.private.core import core_rms
-from splitveil.private.leakage import MARGIN
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -48,21 +50,44 @@ def root_of_weight(width: int, inputs: F32 | None) -> F64:
     return found
 
 
-def informed(client: Client, layer: int, rows: int, prior: F64, weight: F64) -> F64:
+@dataclass(frozen=True)
+class Plan:
+    """What is asked for under a prior, and how loudly."""
+
+    prior: F64 = field(repr=False)
+    asked: F64 = field(repr=False)
+    """(d, d) directions of length 1, that of which the answer tells most first."""
+    deviations: F64 = field(repr=False)
+    """(d,) standard deviation of ⟨C_j, v⟩ along each, under the prior, in integer units."""
+    spreads: F64 = field(repr=False)
+    """(d,) what each takes off the expected error if it is known, as a root."""
+
+    @classmethod
+    def of(cls, prior: F64, weight: F64) -> "Plan":
+        """``prior`` and ``weight`` (d, d), symmetric: the roots of the core's covariance and of what errors cost."""
+        _, spreads, components = np.linalg.svd(prior @ weight)
+        asked = components @ weight
+        asked /= np.linalg.norm(asked, axis=1)[:, None]
+        return cls(prior, asked, np.linalg.norm(asked @ prior, axis=1), spreads)
+
+    def peak_ratio(self, core: F64) -> float:
+        """The largest |⟨C_j, v⟩| of a core (rank, d), in units of what the prior expects of the direction v."""
+        return float((np.abs(core @ self.asked.T) / self.deviations).max())
+
+
+def informed(client: Client, layer: int, rows: int, plan: Plan, peak_ratio: float) -> F64:
     """The core (rank, d) in integer units, from ``rows`` rows.
 
-    ``prior`` and ``weight`` (d, d), symmetric, are the roots of the core's covariance and of what its errors cost.
-    No query wraps, whatever the core: |⟨C_j, x̂⟩| ≤ ρ‖x̂‖₂.
+    ``peak_ratio`` is the attacker's guess at ``plan.peak_ratio``, right to a quarter. Raises ``ConfigurationError``
+    where noise leaves no room for a query.
     """
     sigma = client.sigma(layer)
-    size = (HALF - MARGIN * sigma) / (client.layer(layer).norm_bound + 1)
-    if size < 1:
-        raise ValueError("the answer noise is as wide as the modulus; a single query along a direction tells nothing")
-    _, spreads, components = np.linalg.svd(prior @ weight)
-    asked = components @ weight
-    lengths = np.linalg.norm(asked, axis=1)
-    counts = _shared_out(spreads**2, (lengths * sigma / size) ** 2, rows)
-    queries = np.rint(np.repeat(asked / lengths[:, None], counts, axis=0) * size).astype(np.int64)
+    sizes = (HALF - MARGIN * sigma) / (Channel.rounded_peak(peak_ratio) * plan.deviations)
+    if sizes.min() < 1:
+        raise ConfigurationError("the answer noise is as wide as the modulus: a query along a direction tells nothing")
+    counts = _shared_out(plan.spreads**2, (plan.spreads * sigma / sizes / plan.deviations) ** 2, rows)
+    queries = np.rint(np.repeat(plan.asked * sizes[:, None], counts, axis=0)).astype(np.int64)
+    prior = plan.prior
     answers = client.ask(layer, residues(queries)).astype(np.float64)
     found: F64 = (prior @ ridge(queries @ prior / sigma, answers / sigma)).T
     return found

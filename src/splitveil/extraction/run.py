@@ -25,7 +25,7 @@ from splitveil.extraction.rows import Row, Store, key_of
 from splitveil.extraction.target import publish_target
 from splitveil.extraction.worth import Text
 
-VERSION = 1
+VERSION = 2
 """Of what is measured: raised with every change that makes older rows incomparable."""
 BASE, ADAPTER = "base", "adapter"
 """Stand in an attack's place for the two ends of the scale: no adapter, and the true one through the protocol."""

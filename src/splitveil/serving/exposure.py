@@ -1,14 +1,14 @@
 """Between the ledger, which counts, and the leakage function, which says what a count is worth to an attacker."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from splitveil.adapters import Adapter
 from splitveil.lattice.parameters import DEFAULT, ParameterSet
 from splitveil.metering import Account, Site
 from splitveil.private import exposure
 from splitveil.private.exposure import Facts, facts_of, leakage_of
-from splitveil.private.published import ENGINE_SEALED
+from splitveil.private.published import ENGINE_SEALED, PublicLayer
 from splitveil.serving.publishing import ServedAdapter, layer_shape, layer_specs
 
 SEALED = "sealed"
@@ -22,26 +22,21 @@ def sites_of(adapter: ServedAdapter, limit: int | None) -> Mapping[str, Site]:
     unmeasured = SEALED if publication.engine == ENGINE_SEALED else ""
     return {
         layer.outputs[0][0]: Site(layer.width, publication.noise, limit, unmeasured if facts is None else str(facts))
-        for layer, facts in zip(publication.layers, facts_of(adapter.half, publication), strict=True)
+        for layer, facts in _with_facts(adapter)
     }
 
 
 def rows_until_learned(adapter: ServedAdapter) -> int:
-    """Rows after which the narrowest layer counts as learned.
-
-    Of several the one with the flattest core stands for all, which falls first: with noise added, each would take up to
-    a second to compute.
-    """
+    """Rows after which the first of the narrowest layers counts as learned."""
     publication = adapter.publication
     width = min(layer.width for layer in publication.layers)
-    known = [
-        facts
-        for layer, facts in zip(publication.layers, facts_of(adapter.half, publication), strict=True)
-        if layer.width == width and facts is not None
-    ]
-    if not known:
-        return width
-    return exposure.rows_until_learned(min(known, key=lambda facts: facts.peak_ratio), width, publication.noise)
+    known = [facts for layer, facts in _with_facts(adapter) if layer.width == width and facts is not None]
+    return exposure.rows_until_learned(known, width, publication.noise) if known else width
+
+
+def _with_facts(adapter: ServedAdapter) -> Iterator[tuple[PublicLayer, Facts | None]]:
+    facts = facts_of(adapter.half, adapter.publication, adapter.directions)
+    return zip(adapter.publication.layers, facts, strict=True)
 
 
 def rows_without_noise(adapter: Adapter, parameters: ParameterSet = DEFAULT) -> tuple[int, int, int]:
@@ -66,6 +61,15 @@ def known_attack_error(account: Account) -> float:
         if text != SEALED
     ]
     return min((one.error for one in found), default=math.nan)
+
+
+def base_model_reckoned_with(account: Account) -> bool:
+    """Whether ``known_attack_error`` is that of an attacker who has the public base model.
+
+    That takes directions which the vendor measured, of everything that answered rows of the account.
+    """
+    found = [Facts.read(text) for text in account.facts if text != SEALED]
+    return bool(found) and all(facts.directions for facts in found)
 
 
 def one_answer_may_be_enough(account: Account) -> bool:

@@ -11,6 +11,7 @@ from splitveil.lattice.parameters import DEFAULT, ParameterSet
 from splitveil.private.ckks_parameters import MAX_ROWS as MAX_SEALED_ROWS
 from splitveil.private.ckks_served import SealedServed
 from splitveil.private.core import LayerSpec
+from splitveil.private.directions import ByLayer
 from splitveil.private.engine import KeyedHalf, ServedHalf
 from splitveil.private.layer import publish, row_sizes
 from splitveil.private.published import (
@@ -41,6 +42,8 @@ class ServedAdapter:
     """Where a session needs keys of its client's: the half that takes them, and gives the session's own."""
     source: str = field(default="", repr=False)
     """Digest of the folder that it was made from, to tell whether the folder holds something else now."""
+    directions: ByLayer | None = field(default=None, repr=False)
+    """What the vendor measured of it, by the name of a layer's first module: for the ledger alone."""
 
     def answer_size(self, layers: Sequence[int]) -> int:
         """Bytes of one row's answer for these layers, which must exist."""

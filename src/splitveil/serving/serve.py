@@ -3,14 +3,16 @@
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
 
-from splitveil.adapters import load_adapter
+from splitveil.adapters import Adapter, load_adapter
 from splitveil.errors import ConfigurationError, SplitveilError
 from splitveil.metering import Clock, Database, Keyring, LedgerGate, Site, locate
 from splitveil.serving.address import check_adapter_name
+from splitveil.serving.directions import read_directions_file
 from splitveil.serving.exposure import rows_until_learned, sites_of
 from splitveil.serving.gauge_key import gauge_key as read_gauge_key
 from splitveil.serving.heartbeat import Heartbeat
@@ -54,7 +56,8 @@ def serve(
     ``gauge_key`` is a file that is kept from start to start, by default in the user's state folder, and made where
     there is none: without it, hundreds of starts would give away singular values of the weights.
 
-    Raises ``AdapterError`` for a folder that cannot be served, ``ConfigurationError`` for an address, a certificate,
+    Raises ``AdapterError`` for a folder that cannot be served, ``DataError`` for one with directions that were measured
+    of other weights, ``ConfigurationError`` for an address, a certificate,
     the noise, the limit, the gauge key, the ledger, or one adapter under two names where rows are counted.
     """
     counted = ledger is not None or limit is not None
@@ -66,7 +69,7 @@ def serve(
         loaded = load_adapter(Path(folder))
         if counted:
             _require_one_name(published, name, loaded.digest)
-        published[name] = publish_adapter(loaded, noise=noise, engine=engine, gauge_key=gauge)
+        published[name] = _published(loaded, noise, engine, gauge)
     start = partial(
         Server,
         published,
@@ -105,6 +108,7 @@ def serve(
         raise
     for name, adapter in published.items():
         _warn_of_limit(name, adapter, limit)
+        _warn_of_directions(name, adapter)
     return server
 
 
@@ -128,11 +132,16 @@ def reload(
             return
         try:
             loaded = load_adapter(Path(folder))
-            if loaded.digest != server.source(name):
-                gauge = read_gauge_key(gauge_key)
-                server.replace(name, publish_adapter(loaded, noise=noise, engine=engine, gauge_key=gauge))
+            if (loaded.digest, read_directions_file(loaded)) != server.source(name):
+                server.replace(name, _published(loaded, noise, engine, read_gauge_key(gauge_key)))
         except SplitveilError as error:
             server.not_replaced(name, error)
+
+
+def _published(loaded: Adapter, noise: float, engine: str, gauge: bytes | None) -> ServedAdapter:
+    """Raises ``DataError`` where directions were measured of other weights than these."""
+    directions = read_directions_file(loaded)
+    return replace(publish_adapter(loaded, noise=noise, engine=engine, gauge_key=gauge), directions=directions)
 
 
 def metered(published: Mapping[str, ServedAdapter], database: Database, limit: int | None) -> LedgerGate:
@@ -156,6 +165,18 @@ def _require_one_name(served: Mapping[str, ServedAdapter], name: str, source: st
                 f"{other!r} and {name!r} are one adapter, and rows are counted by name: every client would have two "
                 "budgets for the same weights; serve it under one name"
             )
+
+
+def _warn_of_directions(name: str, adapter: ServedAdapter) -> None:
+    """Warns where the ledger's error will be that of an attacker without the base model."""
+    if adapter.directions is None and adapter.publication.engine == "lattice":
+        log.warning(
+            "nothing was measured of adapter %s's directions: the error that `splitveil keys list` says is that of an "
+            "attacker without the public base model, too large for one who has it; measure with `splitveil extract "
+            "--directions`",
+            name,
+            extra={"event": "directions_not_measured"},
+        )
 
 
 def _warn_of_limit(name: str, adapter: ServedAdapter, limit: int | None) -> None:

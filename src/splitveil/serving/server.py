@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Mapping
 
 from splitveil.errors import ConfigurationError, SplitveilError
+from splitveil.private.directions import ByLayer
 from splitveil.serving.ending import never
 from splitveil.serving.gate import Doorkeeper, Gate, Open
 from splitveil.serving.host import SPARE_CALLS, Host
@@ -79,9 +80,10 @@ class Server(Host):
         """Where figures for Prometheus are served, with the port that was bound; None if nowhere."""
         return None if self._exposition is None else self._exposition.address
 
-    def source(self, name: str) -> str:
-        """Digest of the folder that an adapter was made from; empty for one that was made otherwise."""
-        return self._service.adapters[name].source
+    def source(self, name: str) -> tuple[str, ByLayer | None]:
+        """What an adapter was made from: its folder's digest, empty if none, and the directions kept there."""
+        adapter = self._service.adapters[name]
+        return adapter.source, adapter.directions
 
     def replace(self, name: str, adapter: ServedAdapter) -> None:
         """Serves ``adapter`` under ``name`` in place of what was served there; accounts carry on.
