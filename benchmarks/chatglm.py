@@ -38,6 +38,7 @@ from splitveil.serving.connect import connection
 
 HIDDEN, OUTPUTS, RANK = SHAPE
 PROMPT = 16
+KINDS = ("burst", "sustained")
 ORIGINAL = {
     "model_type": "chatglm",
     "add_bias_linear": False,
@@ -78,7 +79,7 @@ def main() -> None:
             pool = options.burst * options.blocks * mask_bytes()
             connect(private, address, "bench", pool_bytes=pool)
             try:
-                watched = Watched(metrics)
+                watched = {kind: Watched(metrics) for kind in KINDS}
                 measured = in_turn(private, plaintext, watched, options)
             finally:
                 disconnect(private)
@@ -215,7 +216,7 @@ def decode(model: Any, count: int, device: str, each: Callable[[], None] = lambd
     return seconds[1:]
 
 
-def in_turn(private: Any, plaintext: Any, watched: "Watched", options: argparse.Namespace) -> dict[str, Any]:
+def in_turn(private: Any, plaintext: Any, watched: dict[str, "Watched"], options: argparse.Namespace) -> dict[str, Any]:
     """Runs of private tokens, bursts and sustained, each between two runs of plaintext; and the base model alone."""
     device, adapter = options.device, connection(private)
     decode(private, 2, device)
@@ -226,19 +227,21 @@ def in_turn(private: Any, plaintext: Any, watched: "Watched", options: argparse.
 
     def filled() -> None:
         """Once, behind the prompt, whose own rows come out of the same pool."""
+        watched["burst"].token()
         while todo:
             todo.pop()()
 
     def burst() -> list[float]:
         todo[:] = [adapter.pool.fill]
-        return decode(private, options.burst, device, filled)
+        with watched["burst"].on(adapter, PROMPT + options.burst):
+            return decode(private, options.burst, device, filled)
 
     def sustained() -> list[float]:
-        with watched.on(adapter):
-            return decode(private, long, device, watched.token)
+        with watched["sustained"].on(adapter, PROMPT + long):
+            return decode(private, long, device, watched["sustained"].token)
 
-    found: dict[str, Any] = {"base": [], "tokens": options.rounds * (long + PROMPT)}
-    for kind, run, count in (("burst", burst, options.burst), ("sustained", sustained, long // 2)):
+    found: dict[str, Any] = {"base": []}
+    for kind, run, count in zip(KINDS, (burst, sustained), (options.burst, long // 2), strict=True):
         if not count:
             continue
         found[f"beside {kind}"] = [decode(plaintext, count, device)]
@@ -252,21 +255,24 @@ def in_turn(private: Any, plaintext: Any, watched: "Watched", options: argparse.
 
 
 class Watched:
-    """Where the time of sustained private tokens goes, and their bytes."""
+    """Where the time of private tokens goes, and their bytes."""
 
     def __init__(self, metrics: str) -> None:
         self.parts = Parts()
         self.bytes = 0
+        self.tokens = 0
         self.server = 0.0
         self.token = self.parts.token
         self._metrics = metrics
 
     @contextmanager
-    def on(self, adapter: Any) -> Iterator[None]:
+    def on(self, adapter: Any, tokens: int) -> Iterator[None]:
+        """Watches a run of so many tokens, its prompt's among them."""
         traffic = adapter.session.traffic
         before, server = traffic.sent + traffic.received, self._answering()
         with self.parts.on(adapter):
             yield
+        self.tokens += tokens
         self.bytes += traffic.sent + traffic.received - before
         self.server += self._answering() - server
 
@@ -278,11 +284,11 @@ class Watched:
         return float(line.split()[-1])
 
 
-def report(found: dict[str, Any], watched: Watched) -> None:
+def report(found: dict[str, Any], watched: dict[str, Watched]) -> None:
     print(
         "\n| | private ms/token | plaintext PEFT ms/token | private ÷ plaintext, median | runs |\n|---|---|---|---|---|"
     )
-    for kind in ("burst", "sustained"):
+    for kind in KINDS:
         runs, beside = ([1e3 * float(np.median(run)) for run in found.get(f"{of}{kind}", [])] for of in ("", "beside "))
         if not runs:
             continue
@@ -293,14 +299,19 @@ def report(found: dict[str, Any], watched: Watched) -> None:
             f"{', '.join(f'{ratio:.3f}' for ratio in ratios)} |"
         )
     print(f"\nthe base model alone {1e3 * np.median(found['base']):.1f} ms/token")
-    if not watched.bytes:
-        return
-    parts, server = watched.parts.medians(), 1e3 * watched.server / found["tokens"]
-    print(f"{watched.bytes / found['tokens']:,.0f} bytes a token, both ways")
-    print("of a sustained private token, on the generating thread, ms: ", end="")
-    print(", ".join(f"{name} {value:.2f}" for name, value in parts.items()))
-    print(f"in the server, from a query's arrival until its answer is ready, ms a token: {server:.2f}; the rest of")
-    print("the way to it and back is hidden behind the base product, or is in the waiting\n")
+    for kind, one in watched.items():
+        if not one.tokens:
+            continue
+        parts, server = one.parts.medians(), 1e3 * one.server / one.tokens
+        added = sum(parts.values())
+        private = 1e3 * float(np.median([token for run in found[kind] for token in run]))
+        print(f"\n{kind}: {one.bytes / one.tokens:,.0f} bytes a token, both ways")
+        print("of a private token, on the generating thread, ms: ", end="")
+        print(", ".join(f"{name} {value:.2f}" for name, value in parts.items()))
+        print(f"together {added:.2f} ms, which is {added / (private - added):.4f} of the rest of the token")
+        print(f"in the server, from a query's arrival until its answer is ready, ms a token: {server:.2f}; the rest of")
+        print("the way to it and back is hidden behind the base product, or is in the waiting")
+    print()
 
 
 def free_port() -> int:
