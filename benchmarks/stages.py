@@ -19,24 +19,17 @@ import torch
 from attackers import Counts, grid_of, hits, restored
 from torch import Tensor
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import splitveil
-from splitveil.attacks.knowledge import Shadow
-from splitveil.attacks.revert import SAY, Inverter
+from splitveil.attacks.beam import VALIDATION, beam_search, best_weight
+from splitveil.attacks.beam import readings as read_together
+from splitveil.attacks.knowledge import Prior
+from splitveil.attacks.revert import Inverter
 from splitveil.auditing.grid import Grid
 from splitveil.auditing.intervals import ratio
-from splitveil.auditing.stage import Stage
 from splitveil.embedded import folder
 from splitveil.split import Crossing
-
-CANDIDATES = 8
-BEAMS = 8
-PROMPTS = 32
-"""Prompts searched at a time."""
-WEIGHTS = (0.0, 0.1, 0.2, 0.35, 0.5, 1.0)
-VALIDATION = 32
-"""Windows of the attacker's own that choose the prior's weight."""
 
 
 def main() -> None:
@@ -69,17 +62,18 @@ def measure(model: Any, path: Path, block: int, data: str, options: argparse.Nam
     sizes = inversion.sizes_of(options)
     grid = grid_of(model, tokenizer, options.model, data, texts, own, sizes, out)
     stage, attacks = restored(grid, out, block, ("mlp", "revert"))
-    mlp, net = attacks["mlp"]._net, attacks["revert"]._net
+    mlp, net = attacks["mlp"]._net, attacks["revert"].net
     found = readings(net, stage.crossing)
+    prior, tokens = Prior(model), grid.shadow.validation[:VALIDATION]
     readers: dict[str, Reader] = {
         "`mlp`": lambda crossing: mlp(crossing.hidden).log_softmax(-1),
-        "`revert`'s two readers, without stage 2": lambda crossing: together(net, crossing),
+        "`revert`'s two readers, without stage 2": lambda crossing: read_together(net, crossing),
     }
     for name, reader in readers.items():
         scores = reader(stage.crossing)
-        weight = chosen(model, reader, stage, grid.shadow)
+        weight = best_weight(prior, reader(stage.knowledge().oracle(tokens)), tokens)
         found[name] = scores.argmax(-1)
-        found[f"{name}, beam search, weight {weight}"] = beam_search(model, scores, stage.crossing.text, weight)
+        found[f"{name}, beam search, weight {weight}"] = beam_search(prior, scores, stage.crossing.text, weight)
     table(grid, data, {name: hits(tokens, grid.victims) for name, tokens in found.items()})
 
 
@@ -114,60 +108,6 @@ def readings(net: Inverter, crossing: Crossing) -> dict[str, Tensor]:
         "stages 1 and 2": net.generate(crossing, say=0.0),
         WHOLE: net.generate(crossing),
     }
-
-
-def together(net: Inverter, crossing: Crossing) -> Tensor:
-    """(prompts, positions, vocabulary) log-scores of stage 1 and the single states' reader, weighed as in `revert`."""
-    text = None if bool(crossing.text.all()) else crossing.text
-    points = net.project(crossing.hidden, text)[1]
-    return net.scores(points).log_softmax(-1) + SAY * net.alone(crossing.hidden).log_softmax(-1)
-
-
-@torch.no_grad()
-def chosen(model: Any, reader: "Reader", stage: Stage, shadow: Shadow) -> float:
-    """The prior's weight that reads validation text best; of equals, the smallest."""
-    tokens = shadow.validation[:VALIDATION]
-    crossing = stage.knowledge().oracle(tokens)
-    scores = reader(crossing)
-    right = [int((beam_search(model, scores, crossing.text, weight) == tokens).sum()) for weight in WEIGHTS]
-    return WEIGHTS[right.index(max(right))]
-
-
-@torch.no_grad()
-def beam_search(
-    model: Any, scores: Tensor, text: Tensor, weight: float, candidates: int = CANDIDATES, beams: int = BEAMS
-) -> Tensor:
-    """(prompts, positions) token ids: for each prompt the text whose log-probability as it was read, ``scores``
-    (prompts, positions, vocabulary), plus ``weight`` times the model's own is highest among those that were followed.
-
-    ``text`` (prompts, positions) says where there is any; it is padded on the right.
-    """
-    parts = zip(torch.split(scores, PROMPTS), torch.split(text, PROMPTS), strict=True)
-    return torch.cat([_searched(model, some, there, weight, candidates, beams) for some, there in parts])
-
-
-def _searched(model: Any, scores: Tensor, text: Tensor, weight: float, candidates: int, beams: int) -> Tensor:
-    prompts, positions, vocabulary = scores.shape
-    read, tokens = scores.topk(min(candidates, vocabulary))
-    totals, found = read[:, 0, :beams], tokens[:, 0, :beams, None]
-    cache = DynamicCache()
-    for position in range(1, positions):
-        followed = totals.shape[1]
-        logits = model(input_ids=found[:, :, -1].reshape(-1, 1), past_key_values=cache, use_cache=True).logits[:, -1]
-        likely = logits.float().log_softmax(-1).view(prompts, followed, -1)
-        here = tokens[:, position]
-        step = read[:, position, None] + weight * likely.gather(2, here[:, None].expand(-1, followed, -1))
-        # After the end nothing is judged, and every beam goes on as itself.
-        ended = torch.full_like(step, -torch.inf)
-        ended[:, :, 0] = 0
-        step = torch.where(text[:, position, None, None], step, ended)
-        every = (totals[:, :, None] + step).flatten(1)
-        totals, best = every.topk(min(beams, every.shape[1]))
-        parents, choice = best // step.shape[2], best % step.shape[2]
-        cache.reorder_cache((torch.arange(prompts)[:, None] * followed + parents).flatten())
-        before = found.gather(1, parents[:, :, None].expand(-1, -1, found.shape[2]))
-        found = torch.cat([before, here.gather(1, choice)[:, :, None]], 2)
-    return found[:, 0]
 
 
 if __name__ == "__main__":

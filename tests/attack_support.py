@@ -8,7 +8,7 @@ from equivalence.support import random_model, tiny_llama
 from torch import Tensor
 
 from splitveil.attacks.attack import Effort
-from splitveil.attacks.knowledge import Access, Knowledge, Oracle, Protection, Shadow, WhiteBox
+from splitveil.attacks.knowledge import Access, Knowledge, Oracle, Prior, Protection, Shadow, WhiteBox
 from splitveil.auditing.cloud import UpperBlocks, returned_gradient
 from splitveil.split import Crossing, cut
 
@@ -94,6 +94,7 @@ class Target:
             self.model.get_input_embeddings().weight.detach(),
             self.victims,
             UpperBlocks(self.model, self.halves.block),
+            Prior(self.model),
             gradients=True,
         )
 

@@ -18,6 +18,7 @@ PROPERTIES = {
     Access.CLOUD: "cloud",
     Access.SHADOW: "shadow",
     Access.EMBEDDINGS: "embeddings",
+    Access.PRIOR: "prior",
     Access.TRUTH: "truth",
 }
 

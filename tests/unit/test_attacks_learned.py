@@ -106,7 +106,7 @@ def test_an_attacker_adapts_to_the_defence() -> None:
 
 def test_stage_two_writes_what_it_would_write_with_the_text_in_hand(target: Target, fitted: dict) -> None:
     """Generation with a cache = the learning pass over the generated text."""
-    net = fitted["revert"]._net
+    net = fitted["revert"].net
     whole = Crossing(target.crossing.hidden, torch.ones_like(target.crossing.mask))
     written = net.generate(whole)
     with torch.no_grad():
@@ -116,7 +116,7 @@ def test_stage_two_writes_what_it_would_write_with_the_text_in_hand(target: Targ
 
 
 def test_stage_two_sees_earlier_tokens_only(target: Target, fitted: dict) -> None:
-    net = fitted["revert"]._net
+    net = fitted["revert"].net
     hidden = target.crossing.hidden[:2]
     tokens = target.victims[:2].clamp(min=0)
     other = tokens.clone()

@@ -82,3 +82,9 @@ class Attack(Protocol):
 
     def restore(self, state: Mapping[str, Tensor], knowledge: Knowledge) -> None:
         """Takes the place of ``fit``: ``state`` is from an equal attack with equal knowledge."""
+
+
+def learner_of(attack: Attack) -> Attack:
+    """The attack whose learning an attack uses, and under whose name that is kept: its ``learner``, or itself."""
+    learner: Attack = getattr(attack, "learner", attack)
+    return learner

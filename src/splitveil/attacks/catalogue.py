@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from splitveil.attacks.attack import Attack
+from splitveil.attacks.beam import Beam
 from splitveil.attacks.control import Ceiling, Commonest, Floor
 from splitveil.attacks.gradient import Gradient
 from splitveil.attacks.lens import Lens
@@ -20,7 +21,21 @@ CONTROLS = ("floor", "floor:commonest", "oracle")
 
 _ATTACKS: dict[str, Callable[[], Attack]] = {
     attack.name: attack
-    for attack in (Floor, Commonest, Ceiling, Lens, Nearest, Ridge, Mlp, Pooled, Revert, Gradient, Optimise, Search)
+    for attack in (
+        Floor,
+        Commonest,
+        Ceiling,
+        Lens,
+        Nearest,
+        Ridge,
+        Mlp,
+        Pooled,
+        Revert,
+        Beam,
+        Gradient,
+        Optimise,
+        Search,
+    )
 }
 
 

@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 
 from splitveil.errors import UndeclaredKnowledgeError
 from splitveil.split import Crossing, DeviceHalf
@@ -24,6 +24,7 @@ class Access(StrEnum):
     CLOUD = "the cloud half"
     SHADOW = "shadow text"
     EMBEDDINGS = "the public base's input embeddings"
+    PRIOR = "the public base as a language model"
     TRUTH = "the prompts themselves"
 
 
@@ -102,6 +103,27 @@ class WhiteBox:
         return crossing
 
 
+class Prior:
+    """A language model of the attacker's: how likely every token is after a text."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def new_cache(self) -> Cache:
+        """An empty cache for some texts."""
+        return DynamicCache(config=self._model.config)
+
+    @torch.no_grad()
+    def __call__(self, tokens: Tensor, cache: Cache) -> Tensor:
+        """(texts, vocabulary) log-probabilities of what follows ``tokens`` (texts, positions) after ``cache``."""
+        logits: Tensor = self._model(input_ids=tokens, past_key_values=cache, use_cache=True).logits[:, -1]
+        return logits.float().log_softmax(-1)
+
+    def reorder(self, cache: Cache, rows: Tensor) -> None:
+        """Goes on with the texts ``rows`` (texts,) of those in ``cache``, in that order, repetitions included."""
+        cache.reorder_cache(rows)
+
+
 @dataclass(frozen=True)
 class Knowledge:
     """Everything that any attack may be handed. Reading what was not granted raises ``UndeclaredKnowledgeError``.
@@ -119,6 +141,7 @@ class Knowledge:
     _embeddings: Tensor | None = field(default=None, repr=False)
     _truth: Tensor | None = field(default=None, repr=False)
     _cloud: Callable[[Crossing], Tensor] | None = field(default=None, repr=False)
+    _prior: Prior | None = field(default=None, repr=False)
     gradients: bool = False
     """Whether the crossings under attack hold gradients, as the wire shows."""
 
@@ -142,6 +165,7 @@ class Knowledge:
             _embeddings=declared(Access.EMBEDDINGS, self._embeddings),
             _truth=declared(Access.TRUTH, self._truth),
             _cloud=declared(Access.CLOUD, self._cloud),
+            _prior=declared(Access.PRIOR, self._prior),
             gradients=self.gradients,
         )
 
@@ -178,6 +202,11 @@ class Knowledge:
         A device that personalises its own does not change them.
         """
         return self._given(Access.EMBEDDINGS, self._embeddings)
+
+    @property
+    def prior(self) -> Prior:
+        """The public base, whole, as a language model of the victims' text: no part of a personal device is in it."""
+        return self._given(Access.PRIOR, self._prior)
 
     @property
     def truth(self) -> Tensor:

@@ -45,11 +45,13 @@ class Revert:
     summary = "projects what crosses into an embedding space, then lets a generative model write the text"
     curve: Curve
     """Of the validations while learning."""
+    net: "Inverter"
+    """Once it has learnt."""
 
     def fit(self, knowledge: Knowledge, effort: Effort, progress: Progress) -> None:
         torch.manual_seed(effort.seed)
         samples = Samples(knowledge, effort.seed)
-        net = self._net = Inverter(knowledge.width, reduced(knowledge.embeddings))
+        net = self.net = Inverter(knowledge.width, reduced(knowledge.embeddings))
         net.begin(samples)
         rows = batch_rows(samples.length, knowledge.vocabulary)
         validation, crossing = samples.validation()
@@ -75,16 +77,16 @@ class Revert:
         found = []
         prompts = len(crossing.mask)
         for start in range(0, prompts, PROMPTS):
-            found.append(self._net.generate(crossing.rows(start, start + PROMPTS)))
+            found.append(self.net.generate(crossing.rows(start, start + PROMPTS)))
             progress(min(1.0, (start + PROMPTS) / prompts), "")
         return Recovery(torch.cat(found).masked_fill(~crossing.text, -1))
 
     def state(self) -> dict[str, Tensor]:
-        return packed(self._net, self.curve)
+        return packed(self.net, self.curve)
 
     def restore(self, state: Mapping[str, Tensor], knowledge: Knowledge) -> None:
-        self._net = Inverter(knowledge.width, reduced(knowledge.embeddings))
-        self.curve = unpacked(self._net, state)
+        self.net = Inverter(knowledge.width, reduced(knowledge.embeddings))
+        self.curve = unpacked(self.net, state)
 
 
 class Inverter(nn.Module):

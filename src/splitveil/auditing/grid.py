@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from splitveil.attacks.attack import Attack, Effort, Progress
+from splitveil.attacks.attack import Attack, Effort, Progress, learner_of
 from splitveil.attacks.catalogue import CONTROLS
 from splitveil.attacks.knowledge import Access, Shadow
 from splitveil.auditing.device import Devices
@@ -64,6 +64,8 @@ class Unit:
     attack: str
     version: int
     fit_key: str
+    learnt_key: str
+    """Under which what it learnt is kept: the same for attacks that learn the same."""
 
     @property
     def label(self) -> str:
@@ -106,12 +108,15 @@ class Grid:
     def plan(self, cuts: Sequence[int], attacks: Sequence[str], defences: Sequence[str]) -> list[Unit]:
         """All units in the order of their measuring, which is by cut and defence. Raises as ``check`` does."""
         versions = self.check(self.create_attack, self.create_defence, attacks, defences)
+        learners = {name: learner_of(self.create_attack(name)) for name in versions}
         units = []
         for block, spec in itertools.product(dict.fromkeys(cuts), dict.fromkeys(defences)):
             defence = self.create_defence(spec, self.setting.derived_seed("defence", block, spec))
             for name, version in versions.items():
                 fit_key = self.setting.fit_key(block, name, version, spec, defence.params)
-                units.append(Unit(block, spec, defence, name, version, fit_key))
+                of = learners[name]
+                learnt_key = self.setting.fit_key(block, of.name, of.version, spec, defence.params)
+                units.append(Unit(block, spec, defence, name, version, fit_key, learnt_key))
         return units
 
     def missing(self, units: Sequence[Unit], rows: Sequence[Row]) -> list[Unit]:
@@ -226,7 +231,7 @@ class Grid:
     @staticmethod
     def learnt(store: Store, unit: Unit) -> Path:
         """Where what the unit's attacker learnt is kept."""
-        return place(store.folder, unit.fit_key)
+        return place(store.folder, unit.learnt_key)
 
     def about(self, unit: Unit) -> dict[str, Any]:
         """What each of a unit's texts begins with."""

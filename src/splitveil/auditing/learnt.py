@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from splitveil.attacks.attack import Attack
+from splitveil.attacks.attack import Attack, learner_of
 from splitveil.attacks.knowledge import Access, Knowledge
 from splitveil.attacks.learning import CURVE, Curve
 from splitveil.auditing.fitted import place, selected
@@ -19,7 +19,7 @@ def facts_of_learning(attack: Attack, known: Knowledge) -> dict[str, str]:
     facts = {}
     if Access.QUERIES in attack.needs:
         facts["queries"] = str(known.oracle.sequences)
-    curve = getattr(attack, "curve", None)
+    curve = getattr(learner_of(attack), "curve", None)
     if isinstance(curve, Curve):
         facts["plateau"] = str(int(curve.plateau))
     return facts
@@ -36,7 +36,8 @@ def learning(
     """
     found = []
     for row in rows:
-        key = setting.fit_key(row.cut, row.attack, create(row.attack).version, row.defence, row.defence_params)
+        learner = learner_of(create(row.attack))
+        key = setting.fit_key(row.cut, learner.name, learner.version, row.defence, row.defence_params)
         try:
             kept = selected(place(folder, key), lambda name: name.rpartition(".")[2] == CURVE)
         except DataError:  # damaged since; the row itself was measured before

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from splitveil.attacks.knowledge import Access, Knowledge, Oracle, Shadow, WhiteBox
+from splitveil.attacks.knowledge import Access, Knowledge, Oracle, Prior, Shadow, WhiteBox
 from splitveil.auditing.cloud import Head, UpperBlocks, returned_gradient
 from splitveil.auditing.windows import Victims
 from splitveil.defences.defence import Defence
@@ -63,6 +63,7 @@ class Stage:
             _embeddings=embeddings,
             _truth=self._victims.tokens,
             _cloud=self._upper,
+            _prior=Prior(self._public),
             gradients=self._training,
         )
 

@@ -140,6 +140,7 @@ def audit(
       the output head                 lens
       queries to the device half      nearest
       queries, and text of their own  ridge, mlp, pooled, revert (the strongest)
+      and the public base itself      beam (what revert reads, made likely text)
       queries, text, head, and the gradients of --training
                                       gradient
       the device half's weights       search (exact, certified), optimise
