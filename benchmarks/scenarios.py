@@ -12,8 +12,8 @@ of words with those; the attacker knows the public model alone, and learns from 
 Wikipedia). Each other scenario changes one thing, where that can be: a deeper cut has more blocks with a personal part
 below it, so the cuts are there without one, too. Learning is counted in steps, so that a busy machine changes no
 figure, and all attackers have equally many windows of text: as many as the smallest domain has. Attackers that know
-the base alone are the same for all users, and learn once. `search` has the weights of the device half that it knows;
-the others ask it for recordings alone.
+the base alone are the same for all users, and learn once. `search` has the weights of the device half that it knows,
+`beam` the public base as a language model; the others ask it for recordings alone.
 """
 
 import argparse
@@ -50,7 +50,7 @@ HARDER = 3.0
 NO_CLOCK = 1e6
 """Seconds: learning is counted in steps."""
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-ATTACKS = ("ridge", "revert", "search")
+ATTACKS = ("ridge", "revert", "beam", "search")
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,7 @@ def moved(model: Any, personal: Path, block: int, windows: torch.Tensor) -> floa
 def table(data: str, found: dict[str, dict[str, Any]]) -> None:
     """Scenario × attack, with the level of chance: always the commonest token of the attacker's text, or a guess."""
     asked = {attack for rows in found.values() for attack in rows}
-    attacks = [name for name in ("ridge", "mlp", "revert", "gradient", "search") if name in asked]
+    attacks = [name for name in ("ridge", "mlp", "revert", "beam", "gradient", "search") if name in asked]
     prompts = next(iter(found.values()))["oracle"].prompts
     print(f"\n### {data}, {prompts} prompts of {LENGTH} tokens\n")
     print(f"| scenario | chance | {' | '.join(attacks)} |")
