@@ -41,8 +41,8 @@ from splitveil.splitlearning.device import Device
 from splitveil.splitlearning.interface import Plan, Shape, Trains
 from splitveil.splitlearning.training import PERSONAL, DeviceRun, Progress, train
 
-ATTACKS = ("ridge", "revert", "search")
-"""`search` has the device half's weights, the others ask it for recordings alone."""
+ATTACKS = ("ridge", "revert", "beam", "search")
+"""`search` has the device half's weights, `beam` the model as a language prior; the others ask for recordings alone."""
 NOISE = (0.3, 1.0, 3.0)
 METRIC_NOISE = (0.3, 1.0)
 """Standard deviations of an entry's noise, relative to the states' root mean square over the shadow text."""
