@@ -28,14 +28,14 @@ from splitveil.embedded import folder
 from splitveil.extraction.calibrate import channel_of
 from splitveil.extraction.chosen import chosen, confirm
 from splitveil.extraction.directed import ask_along
-from splitveil.extraction.guessed import Guesses
+from splitveil.extraction.guessed import SEEDS, Guesses
 from splitveil.extraction.honest import relative_error
 from splitveil.extraction.known import row_space
 from splitveil.extraction.measure import DIRECTED_TOKENS, Judge, worth_of_directions
 from splitveil.extraction.page import write_page
 from splitveil.extraction.prior import Plan, informed, root_of_prior, root_of_weight
 from splitveil.extraction.rows import Row
-from splitveil.extraction.run import SEEDS, Subject, run
+from splitveil.extraction.run import Subject, run
 from splitveil.extraction.target import Target, publish_target
 from splitveil.extraction.worth import Text
 from splitveil.private.columns import peak_ratio
@@ -295,7 +295,7 @@ def attacked(judge: Judge, target: Target, layer: int, rows: int) -> dict[str, f
     peak = float(np.abs(truth @ basis.T).max()) / core_rms(len(basis))
     tries = {
         "c": chosen(target.client(), layer, rows, peak_ratio=peak_ratio([truth])).values,
-        "d": ask_along(target.client(), layer, rows, basis[:rows], peak),
+        "d": ask_along(target.client(), layer, rows, basis, peak),
     }
     if judge.recognised.sure:
         initial = row_space(judge.recognised.rows[target.publication.layers[layer].outputs[0][0]])

@@ -22,7 +22,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import splitveil
-from splitveil.attacks.beam import VALIDATION, beam_search, best_weight
+from splitveil.attacks.beam import VALIDATION, beam_search, best_weight, likeliest
 from splitveil.attacks.beam import readings as read_together
 from splitveil.attacks.knowledge import Prior
 from splitveil.attacks.revert import Inverter
@@ -70,10 +70,10 @@ def measure(model: Any, path: Path, block: int, data: str, options: argparse.Nam
         "`revert`'s two readers, without stage 2": lambda crossing: read_together(net, crossing),
     }
     for name, reader in readers.items():
-        scores = reader(stage.crossing)
-        weight = best_weight(prior, reader(stage.knowledge().oracle(tokens)), tokens)
-        found[name] = scores.argmax(-1)
-        found[f"{name}, beam search, weight {weight}"] = beam_search(prior, scores, stage.crossing.text, weight)
+        read = likeliest(reader, stage.crossing)
+        weight = best_weight(prior, likeliest(reader, stage.knowledge().oracle(tokens)), tokens)
+        found[name] = read.tokens[:, :, 0]
+        found[f"{name}, beam search, weight {weight}"] = beam_search(prior, read, stage.crossing.text, weight)
     table(grid, data, {name: hits(tokens, grid.victims) for name, tokens in found.items()})
 
 

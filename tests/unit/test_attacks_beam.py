@@ -8,12 +8,12 @@ import torch
 from attack_support import VOCABULARY, Target
 
 from splitveil.attacks.attack import Effort, learner_of, silent
-from splitveil.attacks.beam import WEIGHTS, Beam, beam_search, best_weight, readings
+from splitveil.attacks.beam import WEIGHTS, Beam, Readings, beam_search, best_weight, likeliest, readings
 from splitveil.attacks.knowledge import Access, Prior
 from splitveil.attacks.revert import Revert
 from splitveil.split import Crossing
 
-EFFORT = Effort(seconds=60, steps=20)
+EFFORT = Effort(seconds=600, steps=20)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def blurred(tokens: torch.Tensor, noise: float) -> torch.Tensor:
 def test_without_a_prior_the_search_says_what_was_read(target: Target) -> None:
     scores = torch.randn(len(target.victims), 16, VOCABULARY, generator=torch.Generator().manual_seed(1))
     text = target.crossing.text
-    found = beam_search(Prior(target.model), scores, text, 0.0)
+    found = beam_search(Prior(target.model), Readings.of(scores), text, 0.0)
     assert torch.equal(found[text], scores.argmax(-1)[text])
 
 
@@ -71,7 +71,7 @@ def test_the_search_finds_the_likeliest_text(target: Target) -> None:
     """
     scores = torch.randn(3, 4, VOCABULARY, generator=torch.Generator().manual_seed(1)).log_softmax(-1)
     text = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [0, 1, 1, 1]]).bool()
-    found = beam_search(Prior(target.model), scores, text, 3.0, candidates=3, beams=81)
+    found = beam_search(Prior(target.model), Readings.of(scores, 3), text, 3.0, beams=81)
     for row, there in enumerate(text):
         own = scores[row, there]
         every = torch.tensor(list(itertools.product(*own.topk(3).indices.tolist())))
@@ -86,16 +86,18 @@ def test_a_language_that_is_known_makes_good_what_noise_takes() -> None:
     tokens = chains()
     scores, text = blurred(tokens, 1.4), torch.ones_like(tokens, dtype=torch.bool)
     alone = (scores.argmax(-1) == tokens).float().mean().item()
-    helped = (beam_search(Chain(), scores, text, 1.0) == tokens).float().mean().item()
+    helped = (beam_search(Chain(), Readings.of(scores), text, 1.0) == tokens).float().mean().item()
     assert alone < 0.75
     assert helped > alone + 0.15
 
 
 def test_the_priors_weight_is_that_of_the_attackers_own_text() -> None:
     tokens = chains()
-    assert best_weight(Chain(), blurred(tokens, 2.5), tokens) > 0
+    assert best_weight(Chain(), Readings.of(blurred(tokens, 2.5)), tokens) > 0
     unlike = torch.randint(VOCABULARY, tokens.shape, generator=torch.Generator().manual_seed(4))
-    assert best_weight(Chain(), blurred(unlike, 2.5), unlike) == 0.0, "on text of another language it only misleads"
+    assert best_weight(Chain(), Readings.of(blurred(unlike, 2.5)), unlike) == 0.0, (
+        "on text of another language it only misleads"
+    )
     assert min(WEIGHTS) == 0.0
 
 
@@ -131,6 +133,12 @@ def test_readings_are_those_of_two_readers_and_of_no_writer(target: Target, beam
     scores = readings(beam.learner.net, target.crossing)
     assert scores.shape == (*target.crossing.mask.shape, VOCABULARY)
     assert target.accuracy(scores.argmax(-1).masked_fill(~target.crossing.text, -1)) > 0.9
+
+
+def test_reading_few_texts_at_a_time_changes_nothing(target: Target, beam: Beam) -> None:
+    found = likeliest(lambda part: readings(beam.learner.net, part), target.crossing)
+    text = target.crossing.text
+    assert torch.equal(found.tokens[:, :, 0][text], readings(beam.learner.net, target.crossing).argmax(-1)[text])
 
 
 def test_it_declares_the_public_base() -> None:

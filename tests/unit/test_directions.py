@@ -47,9 +47,14 @@ def served(noise: float, decay: float) -> tuple[Client, F64, Directions, Facts]:
     half, publication = publish([spec], noise=noise, parameters=DEFAULT)
     core = half._secret[0].matrix[:, :WIDTH].astype(np.float64)
     found = along(core, basis())
-    (facts,) = facts_of(half, publication, {"m": (found,)})
+    (facts,) = facts_of(half, publication, directions={"m": (found,)})
     assert facts is not None
     return Client(publication, half.answer), core, found, facts
+
+
+def peak_of(core: F64) -> float:
+    """Of this publication's gauge: the number that the attacker is taken to have guessed."""
+    return float(np.abs(core @ basis().T).max()) / core_rms(WIDTH)
 
 
 class Loud(Client):
@@ -76,7 +81,7 @@ def test_the_curve_says_what_the_core_holds_outside() -> None:
         inside = basis()[:asked]
         true = relative_error(core @ inside.T @ inside, core) ** 2
         assert found.left(asked) == pytest.approx(true, abs=0.02)
-    assert found.peak == pytest.approx(np.abs(core @ basis().T).max() / core_rms(WIDTH), abs=0.001)
+    assert found.peak == pytest.approx(np.abs(core @ basis().T).max() / core_rms(WIDTH), rel=0.25)
 
 
 def test_between_its_points_the_curve_is_a_line_and_never_rises() -> None:
@@ -131,14 +136,13 @@ def test_the_initial_row_space_comes_first_and_the_main_directions_after_it() ->
 # -- the ledger's figure, and the attack -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.01, 0.1, 0.3, 1.0])
+@pytest.mark.parametrize("noise", [0.0, 0.01, 0.1, 0.3, 1.0, 3.0, 10.0])
 def test_the_attack_reaches_the_ledgers_figure_and_no_less(noise: float) -> None:
     """Of the two attacks that ask for rows as they like, the better one: at every number of rows, for every noise."""
     for rows in (8, 32, 64, 96, 120, WIDTH, 160):
-        client, core, found, facts = served(noise, decay=1.5)
-        peak = Channel.rounded_peak(found.peak)
+        client, core, _, facts = served(noise, decay=1.5)
         errors = {
-            "directed": relative_error(ask_along(client, 0, rows, basis()[:rows], peak), core),
+            "directed": relative_error(ask_along(client, 0, rows, basis(), peak_of(core)), core),
             "chosen": relative_error(chosen(client, 0, rows, peak_ratio=facts.peak_ratio).values, core),
         }
         assert min(errors.values()) == pytest.approx(leakage_of(facts, WIDTH, noise, rows).error, rel=0.2, abs=6e-4), (
@@ -149,8 +153,8 @@ def test_the_attack_reaches_the_ledgers_figure_and_no_less(noise: float) -> None
 
 def test_without_what_was_measured_the_ledgers_figure_is_too_large() -> None:
     """The attack that the curve is there for: it must beat the figure of an attacker without the base model."""
-    client, core, found, facts = served(0.01, decay=1.5)
-    error = relative_error(ask_along(client, 0, 64, basis()[:64], found.peak), core)
+    client, core, _, facts = served(0.01, decay=1.5)
+    error = relative_error(ask_along(client, 0, 64, basis(), peak_of(core)), core)
     blind = leakage_of(replace(facts, directions=()), WIDTH, 0.01, 64).error
     assert error < 0.75 * blind
     assert leakage_of(facts, WIDTH, 0.01, 64).error < 0.75 * blind
@@ -168,7 +172,7 @@ def test_where_no_direction_stands_out_nothing_is_gained() -> None:
 
 def test_more_rows_never_leave_more_and_more_noise_never_less() -> None:
     found = along(weights(1.5) * core_rms(WIDTH), basis())
-    for noise in (0.0, 0.1, 1.0):
+    for noise in (0.0, 0.1, 1.0, 3.0, 10.0):
         errors = [leakage(channel(noise), rows, (found,)).error for rows in range(0, 2 * WIDTH, 3)]
         assert all(after <= before + 1e-9 for before, after in pairwise(errors))
     for rows in (16, 64, WIDTH):

@@ -2,6 +2,7 @@
 
 import math
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -262,9 +263,10 @@ def test_a_grid_that_ends_too_early_is_prolonged(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(calibration, "served", lambda model, target: nullcontext())
     monkeypatch.setattr(calibration, "perplexity", measured)
     monkeypatch.setattr(calibration, "rows_needed", lambda target, directions: (1, 2, 3))
-    monkeypatch.setattr(calibration, "worth_of_directions", lambda judge: {})
+    monkeypatch.setattr(calibration, "directions_if_known", lambda *_: {})
+    monkeypatch.setattr(calibration, "Guesses", lambda *_: None)
     nothing: Any = None
-    found = calibrate(nothing, nothing, nothing, fraction=0.3, grid=(0.0, 0.1))
+    found = calibrate(nothing, SimpleNamespace(path=None), nothing, fraction=0.3, grid=(0.0, 0.1))
     assert found.proposal.lost <= 0.3
     if price < 0.03:
         assert (found.proposal.noise, found.beyond) == (10.0, None)

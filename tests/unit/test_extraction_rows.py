@@ -212,7 +212,10 @@ def test_a_calibration_begins_with_the_noise_that_is_given(monkeypatch: pytest.M
         (["extract", "--base", "b", "--adapter", "a", "--data", "d", "--calibrate", "--attack", "span"], "no --attack"),
         (["extract", "--base", "b", "--adapter", "a", "--directions"], "--directions measures on held-out text"),
         (["extract", "--base", "b", "--adapter", "a", "--data", "d", "--directions", "--rows", "8"], "no --rows"),
-        (["extract", "--base", "b", "--adapter", "a", "--data", "d", "--directions", "--noise", "0"], "no --noise"),
+        (
+            ["extract", "--base", "b", "--adapter", "a", "--data", "d", "--directions", "--noise", "0"],
+            "no --noise and no --out",
+        ),
         (["extract", "--base", "b", "--adapter", "a", "--data", "d", "--directions", "--calibrate"], "one of them"),
     ],
 )

@@ -1,5 +1,6 @@
 """What a server says when it starts about what it does not protect, and the one set of weights under two names."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -86,6 +87,22 @@ def test_directions_that_were_not_measured_are_warned_of(tmp_path: Path, warned:
             assert all("directions" in facts.facts for facts in in_force(database).values())
     serve(folders, "127.0.0.1:0", engine="sealed", ledger=url).close()
     assert warned() == [], "of the sealed engine no figure is given"
+
+
+def test_directions_of_other_layers_are_refused(tmp_path: Path, url: str) -> None:
+    adapter = shutil.copytree(folder("clinic"), tmp_path / "adapter")
+    kept = json.loads((adapter / FILE).read_text())
+    first = next(iter(kept["layers"]))
+    for layers in (
+        {},
+        {name: curves for name, curves in kept["layers"].items() if name != first},
+        kept["layers"] | {first: []},
+        kept["layers"] | {first: [{"counts": [64], "outside": [0.5], "peak": 1.0}]},
+        kept["layers"] | {"other": kept["layers"][first]},
+    ):
+        (adapter / FILE).write_text(json.dumps(kept | {"layers": layers}))
+        with pytest.raises(DataError, match="no curve of all inputs"):
+            serve({"clinic": adapter}, "127.0.0.1:0", ledger=url)
 
 
 def test_directions_of_other_weights_are_refused(tmp_path: Path, url: str, warned: Warned) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -84,7 +84,18 @@ class Attack(Protocol):
         """Takes the place of ``fit``: ``state`` is from an equal attack with equal knowledge."""
 
 
+@runtime_checkable
+class BuiltOn(Protocol):
+    """An attack that learns what another one learns, which is kept as that one's, and makes something else of it."""
+
+    @property
+    def learner(self) -> Attack:
+        """The other one."""
+
+    def prepare(self, knowledge: Knowledge) -> None:
+        """What is to be done before any victim is seen, once the learner has learnt or was restored."""
+
+
 def learner_of(attack: Attack) -> Attack:
-    """The attack whose learning an attack uses, and under whose name that is kept: its ``learner``, or itself."""
-    learner: Attack = getattr(attack, "learner", attack)
-    return learner
+    """The attack under whose name is kept what ``attack`` learns."""
+    return attack.learner if isinstance(attack, BuiltOn) else attack

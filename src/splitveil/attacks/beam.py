@@ -7,7 +7,8 @@ the public one, ``search`` does better. This is the attack for where ``search`` 
 noise, and a personal part that the attacker lacks.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ PROMPTS = 32
 """Victims searched at a time."""
 WEIGHTS = (0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5)
 """Of the prior; the one is taken that reads the attacker's own validation text best, of equals the smallest."""
+READ = 8
+"""Texts read at a time: scores of a whole vocabulary at every position are large."""
 VALIDATION = 24
 """Windows of that text."""
 
@@ -39,17 +42,17 @@ class Beam:
 
     def __init__(self) -> None:
         self.learner = Revert()
-        """What it learns is this attack's, and is kept as such: the two never learn the same twice."""
 
     def fit(self, knowledge: Knowledge, effort: Effort, progress: Progress) -> None:
         self.learner.fit(knowledge, effort, progress)
-        self._choose(knowledge)
+        self.prepare(knowledge)
 
     def recover(self, crossing: Crossing, progress: Progress) -> Recovery:
         found, prompts = [], len(crossing.mask)
         for start in range(0, prompts, PROMPTS):
             part = crossing.rows(start, start + PROMPTS)
-            found.append(beam_search(self._prior, readings(self.learner.net, part), part.text, self.weight))
+            read = likeliest(lambda some: readings(self.learner.net, some), part)
+            found.append(beam_search(self._prior, read, part.text, self.weight))
             progress(min(1.0, (start + PROMPTS) / prompts), f"prior's weight {self.weight:g}")
         return Recovery(torch.cat(found).masked_fill(~crossing.text, -1))
 
@@ -58,12 +61,13 @@ class Beam:
 
     def restore(self, state: Mapping[str, Tensor], knowledge: Knowledge) -> None:
         self.learner.restore(state, knowledge)
-        self._choose(knowledge)
+        self.prepare(knowledge)
 
-    def _choose(self, knowledge: Knowledge) -> None:
+    def prepare(self, knowledge: Knowledge) -> None:
         self._prior = knowledge.prior
         tokens = knowledge.shadow.validation[:VALIDATION]
-        self.weight = best_weight(self._prior, readings(self.learner.net, knowledge.oracle(tokens)), tokens)
+        found = likeliest(lambda part: readings(self.learner.net, part), knowledge.oracle(tokens))
+        self.weight = best_weight(self._prior, found, tokens)
 
 
 @torch.no_grad()
@@ -77,32 +81,60 @@ def readings(net: Inverter, crossing: Crossing) -> Tensor:
     return net.scores(points).log_softmax(-1) + SAY * net.alone(crossing.hidden).log_softmax(-1)
 
 
-def best_weight(prior: Prior, scores: Tensor, tokens: Tensor) -> float:
-    """The prior's weight with which the readings ``scores`` of the texts ``tokens``, without padding, come out best."""
+@dataclass(frozen=True)
+class Readings:
+    """The likeliest readings of every position, the best first."""
+
+    scores: Tensor
+    """(prompts, positions, candidates) log-scores."""
+    tokens: Tensor
+    """(prompts, positions, candidates) token ids."""
+
+    @classmethod
+    def of(cls, scores: Tensor, candidates: int = CANDIDATES) -> "Readings":
+        """The best of ``scores`` (prompts, positions, vocabulary)."""
+        return cls(*scores.topk(min(candidates, scores.shape[2])))
+
+    def parts(self, size: int) -> Iterator["Readings"]:
+        """So many prompts at a time."""
+        for scores, tokens in zip(torch.split(self.scores, size), torch.split(self.tokens, size), strict=True):
+            yield Readings(scores, tokens)
+
+
+@torch.no_grad()
+def likeliest(reader: Callable[[Crossing], Tensor], crossing: Crossing) -> Readings:
+    """What ``reader``, which gives log-scores of a whole vocabulary, reads; few prompts at a time, to bound memory."""
+    found = [Readings.of(reader(crossing.rows(start, start + READ))) for start in range(0, len(crossing.mask), READ)]
+    return Readings(torch.cat([one.scores for one in found]), torch.cat([one.tokens for one in found]))
+
+
+def best_weight(prior: Prior, read: Readings, tokens: Tensor) -> float:
+    """The prior's weight with which readings of the texts ``tokens``, without padding, come out best."""
     text = torch.ones_like(tokens, dtype=torch.bool)
-    right = [int((beam_search(prior, scores, text, weight) == tokens).sum()) for weight in WEIGHTS]
+    right = [int((beam_search(prior, read, text, weight) == tokens).sum()) for weight in WEIGHTS]
     return WEIGHTS[right.index(max(right))]
 
 
 @torch.no_grad()
-def beam_search(
-    prior: Prior, scores: Tensor, text: Tensor, weight: float, candidates: int = CANDIDATES, beams: int = BEAMS
-) -> Tensor:
-    """(prompts, positions) token ids: for each prompt the text whose log-probability as it was read, ``scores``
-    (prompts, positions, vocabulary), plus ``weight`` times the prior's is highest among those that were followed.
+def beam_search(prior: Prior, read: Readings, text: Tensor, weight: float, beams: int = BEAMS) -> Tensor:
+    """(prompts, positions) token ids: for each prompt the text whose log-probability as it was read, plus ``weight``
+    times the prior's, is highest among those that were followed.
 
     ``text`` (prompts, positions) says where there is any, on whichever side it is padded.
     """
-    parts = zip(torch.split(scores, PROMPTS), torch.split(text, PROMPTS), strict=True)
-    return torch.cat([_searched(prior, some, there, weight, candidates, beams) for some, there in parts])
+    parts = zip(read.parts(PROMPTS), torch.split(text, PROMPTS), strict=True)
+    return torch.cat([_searched(prior, some, there, weight, beams) for some, there in parts])
 
 
-def _searched(prior: Prior, scores: Tensor, text: Tensor, weight: float, candidates: int, beams: int) -> Tensor:
-    read, tokens = scores.topk(min(candidates, scores.shape[2]))
+def _searched(prior: Prior, readings_there: Readings, text: Tensor, weight: float, beams: int) -> Tensor:
     # Texts are moved to the left, so that all of them begin together.
     order = (~text).long().argsort(dim=1, stable=True)
-    at = order[:, :, None].expand_as(read)
-    read, tokens, there = read.gather(1, at), tokens.gather(1, at), text.gather(1, order)
+    at = order[:, :, None].expand_as(readings_there.scores)
+    read, tokens, there = (
+        readings_there.scores.gather(1, at),
+        readings_there.tokens.gather(1, at),
+        text.gather(1, order),
+    )
     prompts, positions, _ = read.shape
     totals, found = read[:, 0, :beams], tokens[:, 0, :beams, None]
     cache = prior.new_cache()

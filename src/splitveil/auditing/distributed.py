@@ -113,9 +113,17 @@ class _Run:
         # Lost workers are counted here and not by Ray, whose retries after running out of memory have no end.
         self.task = ray.remote(num_cpus=self.cluster.cpus, max_retries=0)(measure_unit)
 
-    def submit(self) -> bool:
-        """Hands the next unit to Ray, and says whether it did: what cannot be read has its error row at once."""
-        unit = self.waiting.popleft()
+    def next(self) -> Unit | None:
+        """Takes the next unit that need not wait for another to learn what it uses, too."""
+        learning = {unit.learnt_key for unit in self.pending.values()}
+        for unit in self.waiting:
+            if unit.learnt_key not in learning:
+                self.waiting.remove(unit)
+                return unit
+        return None
+
+    def submit(self, unit: Unit) -> bool:
+        """Hands a unit to Ray, and says whether it did: what cannot be read has its error row at once."""
         path = Grid.learnt(self.store, unit)
         try:
             learnt = path.read_bytes() if kept(path) is not None else None
@@ -186,8 +194,8 @@ def run_on(cluster: Cluster, grid: Grid, units: Sequence[Unit], store: Store, wa
                     "same command goes on from here"
                 )
             # Twice what fits, so that no processor waits for this one.
-            while run.waiting and len(run.pending) < 2 * slots:
-                done += not run.submit()
+            while len(run.pending) < 2 * slots and (unit := run.next()) is not None:
+                done += not run.submit(unit)
             watch(Step(min(done, len(units) - 1), len(units), "units, measured by Ray", done / len(units), ""))
             if not run.pending and not slots:
                 time.sleep(_POLL_SECONDS)  # for a node to come back

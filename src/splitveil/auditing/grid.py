@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from splitveil.attacks.attack import Attack, Effort, Progress, learner_of
+from splitveil.attacks.attack import Attack, BuiltOn, Effort, Progress, learner_of
 from splitveil.attacks.catalogue import CONTROLS
 from splitveil.attacks.knowledge import Access, Shadow
 from splitveil.auditing.device import Devices
@@ -214,18 +214,25 @@ class Grid:
 
     def _learn(self, unit: Unit, attack: Attack, known: Any, store: Store, tell: Tell) -> float:
         """Seconds that learning took, now or in the run that it is kept from."""
-        path = self.learnt(store, unit)
+        path, learner = self.learnt(store, unit), learner_of(attack)
         found = kept(path)
         if found is not None:
             state, facts = found
-            attack.restore(state, known)
-            return float(facts["seconds"])
-        begun = time.perf_counter()
-        told = self.setting
-        effort = Effort(seconds=told.budget, steps=told.steps, seed=told.seed, plateau=told.plateau)
-        attack.fit(known, effort, tell("learning"))
-        seconds = time.perf_counter() - begun
-        keep(path, attack.state(), {"seconds": repr(seconds), "attack": unit.label} | facts_of_learning(attack, known))
+            learner.restore(state, known)
+            seconds = float(facts["seconds"])
+        else:
+            begun = time.perf_counter()
+            told = self.setting
+            effort = Effort(seconds=told.budget, steps=told.steps, seed=told.seed, plateau=told.plateau)
+            learner.fit(known, effort, tell("learning"))
+            seconds = time.perf_counter() - begun
+            # Of the learner alone, whichever attack was the first to need it.
+            facts = {"seconds": repr(seconds), "attack": unit.label} | facts_of_learning(learner, known)
+            keep(path, learner.state(), facts)
+        if isinstance(attack, BuiltOn):
+            begun = time.perf_counter()
+            attack.prepare(known)
+            seconds += time.perf_counter() - begun
         return seconds
 
     @staticmethod

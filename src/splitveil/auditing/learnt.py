@@ -19,7 +19,7 @@ def facts_of_learning(attack: Attack, known: Knowledge) -> dict[str, str]:
     facts = {}
     if Access.QUERIES in attack.needs:
         facts["queries"] = str(known.oracle.sequences)
-    curve = getattr(learner_of(attack), "curve", None)
+    curve = getattr(attack, "curve", None)
     if isinstance(curve, Curve):
         facts["plateau"] = str(int(curve.plateau))
     return facts

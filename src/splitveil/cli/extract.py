@@ -48,10 +48,14 @@ class _Numbers(click.ParamType[tuple[float, ...]]):
     "where to begin: 0,0.01,0.03,0.1,0.3,1.",
 )
 @click.option("--attack", "attacks", metavar="NAME,…", help="Only these; see above.")
-@click.option("--initial", metavar="SEEDS|DIR", help="What initial-A tries: 0-99 if not given, or a PEFT folder.")
+@click.option(
+    "--initial",
+    metavar="SEEDS|DIR",
+    help="Where to look for A before training: seeds, 0-99 if not given, or a PEFT folder.",
+)
 @click.option("--hardness", is_flag=True, help="Bits of every parameter set against the known lattice attacks.")
 @click.option("--calibrate", is_flag=True, help="Propose the largest noise that the adapter's gain bears.")
-@click.option("--directions", is_flag=True, help="Measure what directions are worth; into the adapter's folder.")
+@click.option("--directions", is_flag=True, help="Measure what directions are worth to an attacker; see below.")
 @click.option("--fraction", default=0.05, show_default=True, help="Of the gain, that noise may cost (--calibrate).")
 @click.option("--tokens", default=8192, show_default=True, metavar="N", help="Of the text, to read.")
 @click.option("--length", default=256, show_default=True, metavar="N", help="Of a window of text, in tokens.")
@@ -96,8 +100,10 @@ def extract(
 
     Half of the text's windows are the attacker's, the other half judge. DIR gets rows.jsonl, one object a measurement,
     and report.html; the same command goes on where an interrupted one was. --calibrate writes no file, and takes no
-    --rows and no --attack. `--attack published` reduces lattices that are there to be broken, under a parameter set
-    that is never served; it needs no adapter.
+    --rows and no --attack. --directions writes splitveil_directions.json into the adapter's folder, over what was
+    there: with it, `splitveil keys list` says the error of an attacker who has the base model, as everybody may.
+    `--attack published` reduces lattices that are there to be broken, under a parameter set that is never served; it
+    needs no adapter.
     """
     names = None if attacks is None else tuple(attacks.split(","))
     if hardness:
@@ -119,11 +125,15 @@ def extract(
             raise ConfigurationError(f"{flag} measures on held-out text; give --data")
         if given and (rows is not None or names is not None):
             raise ConfigurationError(f"{flag} takes no --rows and no --attack: it attacks nothing by itself")
-    if directions and noises is not None:
-        raise ConfigurationError("--directions takes no --noise: what is measured holds for every noise")
+    if directions and (noises is not None or out is not None):
+        raise ConfigurationError(
+            "--directions takes no --noise and no --out: what is measured holds for every noise, and is kept in the "
+            "adapter's folder"
+        )
     from splitveil.adapters import load_adapter
     from splitveil.auditing.data import read_texts
-    from splitveil.extraction.run import ATTACKS, SEEDS, Subject, default_rows, run
+    from splitveil.extraction.guessed import SEEDS
+    from splitveil.extraction.run import ATTACKS, Subject, default_rows, run
     from splitveil.extraction.worth import Text
 
     loaded = load_adapter(resolve(adapter))
@@ -139,7 +149,9 @@ def extract(
         if text is None:
             raise ConfigurationError("--calibrate measures perplexity on held-out text; give --data")
         with _status() as watch:
-            found = measure(model, loaded, text, fraction=fraction, grid=noises or GRID, watch=watch)
+            found = measure(
+                model, loaded, text, fraction=fraction, grid=noises or GRID, initial=initial or SEEDS, watch=watch
+            )
         _dials(found)
         return
     if directions:
@@ -271,9 +283,8 @@ def _percent(row: Any) -> str:
 
 def _directions(model: Any, adapter: Any, text: Any, initial: str | None) -> None:
     """Raises ``ConfigurationError`` where ``initial`` makes no sense, and for a folder that cannot be written to."""
-    from splitveil.extraction.guessed import Guesses
+    from splitveil.extraction.guessed import SEEDS, Guesses
     from splitveil.extraction.measure import Judge, worth_of_directions
-    from splitveil.extraction.run import SEEDS
     from splitveil.extraction.target import publish_target
     from splitveil.serving.directions import write_directions_file
 
@@ -303,7 +314,8 @@ def _directions(model: Any, adapter: Any, text: Any, initial: str | None) -> Non
     click.echo(words)
     blind = ", ".join(f"{100 * math.sqrt(1 - 1 / part):.3g}" for part in shares)
     click.echo(
-        f"Queries along directions that say nothing of the weights would leave {blind} %. With this file in the "
+        f"One direction a row, by noise that is not in the way. Directions that say nothing of the weights would leave "
+        f"{blind} %; columns without noise are two to a row, and leave less from d/2 rows on. With this file in the "
         "adapter's folder, the ledger's figure is that of an attacker who has the base model.\n"
         f"written {write_directions_file(adapter, found)}"
     )

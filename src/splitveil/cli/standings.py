@@ -11,14 +11,15 @@ from splitveil.metering import Database, Standing, accounts, limits, standing
 CAPTION = (
     "Best known attack: the relative error to which it is expected to rebuild the weights of the client's most "
     "advanced layer, from the rows spent there and under the least noise that was ever in force. It is the best that "
-    "is known, and no bound. It reckons with the public base model, but not with an attacker who knows one of the "
-    "adapter's two factors, A: the trained one, or, worth less, the one that training began with. Before the rows "
-    "reach a layer's inputs, most of what the adapter is worth may be gone already. Learned: layers asked for as "
-    "many rows as they have inputs, or for so many that this error is 10 % or less."
+    "is known, and no bound. Where the vendor measured directions it reckons with the public base model, and with what "
+    "one of the adapter's two factors, A, was before training, if that could be guessed; never with A as it was "
+    "trained, with which as many rows as the rank are enough. Before the rows reach a layer's inputs, most of what the "
+    "adapter is worth may be gone already. Learned: layers asked for as many rows as they have inputs, or for so many "
+    "that this error is 10 % or less."
 )
 WITHOUT_BASE = (
-    "* Of an attacker without the public base model, and too large for everybody else: nothing was measured of this "
-    "adapter's directions. Measure with `splitveil extract --directions`, and serve it again."
+    "* Of an attacker without the public base model, and too large for everybody else: of weights that answered, no "
+    "directions were measured. Measure with `splitveil extract --directions`, and serve them again."
 )
 ONE_ANSWER = "one answer may be enough"
 ABOUT_ONE_ANSWER = (

@@ -7,6 +7,7 @@ from typing import Any
 
 from splitveil.adapters import Adapter
 from splitveil.errors import ConfigurationError
+from splitveil.extraction.guessed import SEEDS, Guesses
 from splitveil.extraction.measure import Judge, worth_of_directions
 from splitveil.extraction.target import Target, publish_target
 from splitveil.extraction.through import served
@@ -82,11 +83,13 @@ def calibrate(
     *,
     fraction: float = 0.05,
     grid: Sequence[float] = GRID,
+    initial: str = SEEDS,
     watch: Callable[[str], None] = lambda _: None,
 ) -> Calibration:
     """Perplexity of held-out ``text`` by noise, and the largest noise within ``fraction`` of the adapter's gain.
 
-    ``grid`` is where to begin, 0 always among it: it is prolonged and refined around the proposal.
+    ``grid`` is where to begin, 0 always among it: it is prolonged and refined around the proposal. ``initial`` is where
+    the best known attacker looks for A as it was before training (``guessed.Guesses``).
 
     Raises ``ConfigurationError`` where the adapter does not gain anything on this text: then no noise has a price.
     """
@@ -110,7 +113,8 @@ def calibrate(
     def dial(noise: float, target: Target, found: Perplexity) -> Dial:
         return Dial(noise, found, *share_lost(base, best, found), rows_needed(target, directions))
 
-    directions = worth_of_directions(Judge(model, quiet, text))
+    watch("directions")
+    directions = directions_if_known(model, quiet, text, Guesses(model, adapter.path, initial))
     dials = [dial(0.0, quiet, best)]
     dials += [dial(noise, *measure(noise)) for noise in sorted(set(grid) - {0.0})]
     while all(one.lost <= fraction for one in dials) and dials[-1].noise < MAX_NOISE:
@@ -127,6 +131,13 @@ def calibrate(
     dials.sort(key=lambda one: one.noise)
     within = [one for i, one in enumerate(dials) if all(d.lost <= fraction for d in dials[: i + 1])]
     return Calibration(base, tuple(dials), fraction, within[-1])
+
+
+def directions_if_known(model: Any, target: Target, text: Text, guesses: Guesses) -> ByLayer:
+    """What directions are worth; nothing with too little text for that: then columns count, which need a few rows more."""
+    if text.halves()[0].tokens < max(layer.width for layer in target.publication.layers):
+        return {}
+    return worth_of_directions(Judge(model, target, text, guesses))
 
 
 def rows_needed(target: Target, directions: ByLayer) -> tuple[int | None, int | None, int | None]:

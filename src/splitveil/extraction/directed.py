@@ -12,6 +12,7 @@ from splitveil.errors import ConfigurationError
 from splitveil.extraction.client import Client, residues
 from splitveil.private.columns import Channel, direct_multiplier
 from splitveil.private.core import core_rms
+from splitveil.private.directions import directions_worth_asking
 
 F64 = NDArray[np.float64]
 
@@ -31,7 +32,9 @@ def initial_first(initial: F64, main: F64) -> F64:
 
 
 def ask_along(client: Client, layer: int, rows: int, basis: F64, peak_ratio: float) -> F64:
-    """The core (rank, d), in integer units, from ``rows`` rows of queries along ``basis`` (k, d), in turn.
+    """The core (rank, d), in integer units, from ``rows`` rows of queries along the first of ``basis`` (k, d).
+
+    One a row; in much noise along fewer, in turn, as ``private.directions`` has it.
 
     ``peak_ratio`` is the attacker's guess at the largest |⟨C_j, v⟩| in units of c(d), for every direction v of the
     basis: right to a quarter, as that at the largest entry is taken to be (``chosen``). Raises ``ConfigurationError``
@@ -41,6 +44,8 @@ def ask_along(client: Client, layer: int, rows: int, basis: F64, peak_ratio: flo
     size = direct_multiplier(sigma, Channel.rounded_peak(peak_ratio) * core_rms(width))
     if not size:
         raise ConfigurationError("the answer noise is as wide as the modulus: a query along a direction tells nothing")
+    noise = sigma / size / core_rms(width)
+    basis = basis[: directions_worth_asking(width, noise, rows)]
     asked = basis[np.arange(rows) % len(basis)]
     queries = np.rint(asked * size).astype(np.int64)
     answers = client.ask(layer, residues(queries)).astype(np.float64)

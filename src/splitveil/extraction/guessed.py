@@ -34,6 +34,8 @@ CHECKING_ROWS = 16
 """Beyond the rank: equations that are left to check a guess with, at every layer."""
 FALSE_ALARM = 1e-3
 """How likely one of the guesses counts as recognised if none is right."""
+SEEDS = "0-99"
+"""What an attacker tries, if nothing else is said."""
 _DRAWN = (True, "gaussian")  # initialisations that depend on the seed and on no data
 
 

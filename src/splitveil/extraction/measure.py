@@ -156,21 +156,41 @@ def directed_queries(judge: Judge, rows: int) -> Measured:
     client, cores = target.client(), {}
     for index, basis in judge.main_directions.items():
         largest = float(np.abs(target.core(index) @ basis.T).max()) / core_rms(len(basis))
-        cores[index] = ask_along(client, index, rows, basis[:rows], max(largest, 0.25))
+        cores[index] = ask_along(client, index, rows, basis, max(largest, 0.25))
     return judge.judged(cores)
+
+
+def initial_known(judge: Judge) -> Recognised | None:
+    """The initial A, if the guesses have it among them; None, too, where no seed alone gives one."""
+    if judge.guesses is None:
+        return None
+    try:
+        return judge.recognised if judge.recognised.sure else None
+    except ConfigurationError:
+        return None
 
 
 def worth_of_directions(judge: Judge) -> ByLayer:
     """What directions are worth to an attacker, by the name of a layer's first module: the vendor's to measure.
 
     In the order of the base model's activations, and, where the judge's guesses have the initial A among them, in that
-    of ``initial_first``. Raises ``ConfigurationError`` without text.
+    of ``initial_first``. Raises ``ConfigurationError`` without text, and for less of it than a layer has inputs: then
+    some directions would come in no order at all.
     """
+    widest = max(layer.width for layer in judge.target.publication.layers)
+    known = initial_known(judge)
     found = {}
-    for index, basis in judge.main_directions.items():
+    # One basis at a time: of a wide model's layers all of them would not fit into memory.
+    for index, inputs in judge.foreseen(max(DIRECTED_TOKENS, 2 * widest)).items():
+        if len(inputs) < inputs.shape[1]:
+            raise ConfigurationError(
+                f"the attacker's half of the text has {len(inputs)} tokens, and a layer {inputs.shape[1]} inputs: give "
+                "more text, and more --tokens"
+            )
+        basis = main_directions(inputs)
         name, core = judge.target.publication.layers[index].outputs[0][0], judge.target.core(index)
         curves = [along(core, basis)]
-        if judge.guesses is not None and (known := judge.recognised).sure:
+        if known is not None:
             initial = row_space(known.rows[name])
             order = initial_first(initial, basis)
             expected = np.linalg.norm(order @ root_of_prior(initial, known.outside), axis=1)

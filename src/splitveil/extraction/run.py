@@ -9,7 +9,7 @@ import numpy as np
 
 from splitveil.adapters import Adapter
 from splitveil.errors import ConfigurationError, SplitveilError
-from splitveil.extraction.guessed import Guesses
+from splitveil.extraction.guessed import SEEDS, Guesses
 from splitveil.extraction.measure import (
     Judge,
     Measured,
@@ -46,8 +46,6 @@ FIRST_ROWS = {"span"}
 NEEDS_TEXT = {"directed", "honest", "span"}
 GUESSES = {"initial-A"}
 """Attacks that depend on what the attacker takes the initial A for."""
-SEEDS = "0-99"
-"""What it tries, if nothing else is said."""
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from splitveil.private.core import core_rms
 
 F64 = NDArray[np.float64]
+_GAUGES = 9
 POINTS = 32
 """Of a measured curve; closer together where there are few directions."""
 
@@ -30,12 +31,12 @@ class Directions:
     """How a core's squares lie along the directions that an attacker asks for, in the order of asking."""
 
     counts: tuple[int, ...]
-    """Numbers of directions, ascending from 1 or more; the last is d, or as many as the activations span."""
+    """Numbers of directions, ascending from 1 or more; the last is d."""
     outside: tuple[float, ...]
     """Of ‖C‖², outside the span of so many directions: from 1 down, never rising."""
     peak: float
     """The largest |⟨C_j, v⟩| over all rows of the core and all directions v, in units of what is expected along v: by
-    default of c(d), ``core_rms``."""
+    default of c(d), ``core_rms``. It depends on the gauge of a publication; this is typical."""
 
     def __post_init__(self) -> None:
         """Raises ``ValueError`` for anything but such a curve."""
@@ -72,10 +73,17 @@ def along(core: F64, basis: F64, expected: F64 | None = None) -> Directions:
     held = np.cumsum((parts**2).sum(axis=0)) / square
     counts = _grid(len(basis))
     outside = np.minimum.accumulate(np.clip(1 - held[np.array(counts) - 1], 0.0, 1.0))
-    peak = float((np.abs(parts) / (core_rms(core.shape[1]) if expected is None else expected)).max())
+    peak = _typical_peak(parts / (core_rms(core.shape[1]) if expected is None else expected))
     # With few digits, as it is kept, and rounded in the attacker's favour.
     shares = tuple(math.floor(float(share) * 1e5) / 1e5 for share in outside)
     return Directions(counts, shares, math.ceil(1000 * peak) / 1000)
+
+
+def _typical_peak(parts: F64) -> float:
+    """The largest entry of ``parts`` (rank, k) to be expected in the random gauge of a publication: a median."""
+    draw = np.random.default_rng(0)
+    turns = (np.linalg.qr(draw.standard_normal((len(parts), len(parts))))[0] for _ in range(_GAUGES))
+    return float(np.median([np.abs(turn @ parts).max() for turn in turns]))
 
 
 def _grid(last: int) -> tuple[int, ...]:
@@ -86,10 +94,15 @@ def error_along(found: Directions, width: int, relative_noise: float, rows: int)
     """Relative error of a core of ``width`` columns after ``rows`` rows of queries along ``found``.
 
     ``relative_noise`` is the standard deviation of what one answer says of ⟨C_j, v⟩, in units of what is expected of
-    it. Each direction is asked for once; then all are again, in turn, and noise averages out.
+    it. Rows are shared out evenly among as many directions as leaves least: in much noise those are few, asked often.
     """
-    asked = min(rows, found.counts[-1])
-    if not asked:
-        return 1.0
-    noise = asked / width * relative_noise**2 * asked / rows
-    return math.sqrt(min(1.0, found.left(asked) + noise))
+    most = min(rows, found.counts[-1])
+    choices = {most, *(count for count in found.counts if count < most)} - {0}
+    squares = [found.left(k) + k / width * relative_noise**2 * k / rows for k in choices]
+    return math.sqrt(min([1.0, *squares]))
+
+
+def directions_worth_asking(width: int, relative_noise: float, rows: int) -> int:
+    """How many of ``width`` directions to share ``rows`` rows out among, for who does not know what each holds."""
+    flat = rows / max(2 * relative_noise**2, 1.0)
+    return max(1, min(rows, width, math.floor(flat)))

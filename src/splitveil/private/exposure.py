@@ -1,6 +1,7 @@
 """What a ledger has to keep of a private layer so that its leakage can be computed later, without the weights.
 
-The vendor's to keep, not to publish: κ_c is a figure of the weights, though hardly a telling one.
+The vendor's to keep, not to publish: κ_c and the curves of directions are figures of the weights. They tell how much of
+a core lies where, and nothing of its entries.
 """
 
 import json
@@ -31,12 +32,16 @@ class Facts:
     """ρ, published."""
     peak_ratio: float
     """κ_c of the core that is served."""
+    weights: str = ""
+    """Which these are: the beginning of their folder's digest; empty where that is not known."""
     directions: tuple[Directions, ...] = ()
     """What queries along directions are worth, by order of asking; none where the vendor did not measure it."""
 
     def __str__(self) -> str:
         # Without a mention of directions where there are none, as before there were any.
-        return json.dumps({name: value for name, value in asdict(self).items() if value != ()}, sort_keys=True)
+        return json.dumps(
+            {name: value for name, value in asdict(self).items() if value not in ((), "")}, sort_keys=True
+        )
 
     @classmethod
     def read(cls, text: str) -> "Facts":
@@ -45,10 +50,11 @@ class Facts:
             values = json.loads(text)
             values["directions"] = read_directions(values.get("directions", []))
             found = cls(**values)
-            kinds = [type(value) for value in (found.parameters, found.rank, found.norm_bound, found.peak_ratio)]
+            plain = (found.parameters, found.rank, found.norm_bound, found.peak_ratio, found.weights)
+            kinds = [type(value) for value in plain]
         except (ValueError, TypeError, AttributeError):
             kinds = []
-        if kinds != [str, int, int, float] or not (
+        if kinds != [str, int, int, float, str] or not (
             found.rank > 0 and found.norm_bound > 0 and math.isfinite(found.peak_ratio) and found.peak_ratio > 0
         ):
             raise DataError(f"the ledger's facts of a layer cannot be read: {text[:200]!r}")
@@ -73,10 +79,12 @@ def _read_curve(found: Any) -> Directions:
     return Directions(tuple(counts), tuple(outside), peak)
 
 
-def facts_of(half: ServedHalf, publication: Publication, directions: ByLayer | None = None) -> list[Facts | None]:
+def facts_of(
+    half: ServedHalf, publication: Publication, weights: str = "", directions: ByLayer | None = None
+) -> list[Facts | None]:
     """One a layer, in the publication's order; None for engines against which no attack was measured.
 
-    ``directions`` are by the name of a layer's first module.
+    ``weights`` tells one set of weights from another, and ``directions`` is what was measured of these.
     """
     if not isinstance(half, LatticeServed):
         return [None] * len(publication.layers)
@@ -86,7 +94,7 @@ def facts_of(half: ServedHalf, publication: Publication, directions: ByLayer | N
         # Of an all-zero core nothing is left to learn; any peak will do.
         peak = math.ceil(1000 * max(ratio, 0.001)) / 1000
         own = (directions or {}).get(layer.outputs[0][0], ())
-        found.append(Facts(publication.parameters.name, layer.rank, layer.norm_bound, peak, own))
+        found.append(Facts(publication.parameters.name, layer.rank, layer.norm_bound, peak, weights, own))
     return found
 
 

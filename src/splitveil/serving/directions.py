@@ -12,6 +12,7 @@ from splitveil.adapters import Adapter
 from splitveil.errors import ConfigurationError, DataError
 from splitveil.private.directions import ByLayer
 from splitveil.private.exposure import read_directions
+from splitveil.private.published import Publication
 
 FILE = "splitveil_directions.json"
 FORMAT = 1
@@ -66,3 +67,16 @@ def read_directions_file(adapter: Adapter) -> ByLayer | None:
     if kept["adapter"] != adapter.digest:
         raise DataError(f"{path} was measured of other weights or another configuration; {advice}")
     return layers
+
+
+def check_directions(adapter: Adapter, directions: ByLayer, publication: Publication) -> None:
+    """Raises ``DataError`` unless there is a curve for every layer that is published, up to all of its inputs."""
+    widths = {layer.outputs[0][0]: layer.width for layer in publication.layers}
+    wrong = [name for name in widths if not directions.get(name)] + [
+        name for name, curves in directions.items() if any(curve.counts[-1] != widths.get(name) for curve in curves)
+    ]
+    if wrong:
+        raise DataError(
+            f"{adapter.path / FILE} has no curve of all inputs for the layer {wrong[0]!r}, as it is published; measure "
+            "again with `splitveil extract --directions`, or take the file away"
+        )

@@ -11,6 +11,7 @@ from splitveil.private.exposure import Facts, facts_of, leakage_of
 from splitveil.private.published import ENGINE_SEALED, PublicLayer
 from splitveil.serving.publishing import ServedAdapter, layer_shape, layer_specs
 
+WEIGHTS_DIGITS = 16
 SEALED = "sealed"
 """In place of a layer's facts, for the sealed engine: what rows are worth there depends on how the client made its
 keys, not on how many they are (docs/design/sealed.md)."""
@@ -35,7 +36,7 @@ def rows_until_learned(adapter: ServedAdapter) -> int:
 
 
 def _with_facts(adapter: ServedAdapter) -> Iterator[tuple[PublicLayer, Facts | None]]:
-    facts = facts_of(adapter.half, adapter.publication, adapter.directions)
+    facts = facts_of(adapter.half, adapter.publication, adapter.source[:WEIGHTS_DIGITS], adapter.directions)
     return zip(adapter.publication.layers, facts, strict=True)
 
 
@@ -66,10 +67,12 @@ def known_attack_error(account: Account) -> float:
 def base_model_reckoned_with(account: Account) -> bool:
     """Whether ``known_attack_error`` is that of an attacker who has the public base model.
 
-    That takes directions which the vendor measured, of everything that answered rows of the account.
+    That takes directions which the vendor measured, of all weights that answered rows of the account; when, is the
+    same: the error is the least of all that was declared of them, for all rows.
     """
     found = [Facts.read(text) for text in account.facts if text != SEALED]
-    return bool(found) and all(facts.directions for facts in found)
+    measured = {facts.weights for facts in found if facts.directions}
+    return bool(found) and all(facts.directions or (facts.weights and facts.weights in measured) for facts in found)
 
 
 def one_answer_may_be_enough(account: Account) -> bool:

@@ -12,7 +12,7 @@ from splitveil.adapters import Adapter, load_adapter
 from splitveil.errors import ConfigurationError, SplitveilError
 from splitveil.metering import Clock, Database, Keyring, LedgerGate, Site, locate
 from splitveil.serving.address import check_adapter_name
-from splitveil.serving.directions import read_directions_file
+from splitveil.serving.directions import check_directions, read_directions_file
 from splitveil.serving.exposure import rows_until_learned, sites_of
 from splitveil.serving.gauge_key import gauge_key as read_gauge_key
 from splitveil.serving.heartbeat import Heartbeat
@@ -141,7 +141,10 @@ def reload(
 def _published(loaded: Adapter, noise: float, engine: str, gauge: bytes | None) -> ServedAdapter:
     """Raises ``DataError`` where directions were measured of other weights than these."""
     directions = read_directions_file(loaded)
-    return replace(publish_adapter(loaded, noise=noise, engine=engine, gauge_key=gauge), directions=directions)
+    adapter = publish_adapter(loaded, noise=noise, engine=engine, gauge_key=gauge)
+    if directions is not None:
+        check_directions(loaded, directions, adapter.publication)
+    return replace(adapter, directions=directions)
 
 
 def metered(published: Mapping[str, ServedAdapter], database: Database, limit: int | None) -> LedgerGate:
