@@ -13,6 +13,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from splitveil.extraction.target import Target, publish_target
 from splitveil.extraction.worth import Text
 from splitveil.private.columns import peak_ratio
 from splitveil.private.core import core_rms
+from splitveil.private.directions import Directions
 from splitveil.private.leakage import leakage, rows_until
 
 NOISES = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)
@@ -78,9 +80,6 @@ def main() -> None:
     adapter = load_adapter(options.adapter)
     noises = tuple(map(float, options.noises.split(",")))
     options.out.mkdir(parents=True, exist_ok=True)
-    if options.ledger_only:
-        ledger(adapter, noises, options.out / "agreement.jsonl")
-        return
     model = AutoModelForCausalLM.from_pretrained(options.base, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(options.base)
     judged = texts(options)
@@ -94,6 +93,10 @@ def main() -> None:
     digest = f"{adapter.digest} {text.windows.sum().item()}"
     subject = Subject(model, adapter, text, options.adapter.name, digest, options.initial)
     attacks = options.attacks.split(",")
+    judge = Judge(model, publish_target(adapter, 0.0), text, Guesses(model, adapter.path, options.initial))
+    if options.ledger_only:
+        ledger(judge, adapter, noises, options.out / "agreement.jsonl")
+        return
     found = run(
         subject,
         rows=rows,
@@ -111,11 +114,10 @@ def main() -> None:
     command = "python benchmarks/" + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
     print(f"report: {write_page(found, options.out, command)}\n")
     if "directed" in attacks:
-        guesses = Guesses(model, adapter.path, options.initial)
-        below(Judge(model, publish_target(adapter, 0.0), text, guesses), adapter, noises)
+        below(judge, adapter, noises)
     if attacks != [*ATTACKS, *ASIDE]:
         return
-    ledger(adapter, noises, options.out / "agreement.jsonl")
+    ledger(judge, adapter, noises, options.out / "agreement.jsonl")
     print(f"{time.process_time() - began:.0f} s of one core")
 
 
@@ -229,12 +231,13 @@ def _error(error: float) -> str:
     return f"{100 * error:g} %" if error else "exact"
 
 
-def ledger(adapter: Any, noises: Sequence[float], path: Path) -> None:
-    """For a layer of every kind: rows that the ledger says, and rows that the attack needs, in steps of 5 %."""
+def ledger(judge: Judge, adapter: Any, noises: Sequence[float], path: Path) -> None:
+    """For a layer of every kind: rows that the ledger says, and rows that the best attack needs, in steps of 5 %."""
+    curves = worth_of_directions(judge)
     kept = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     done = {(one["noise"], one["kind"], one["error"]): one for one in kept}
     kinds = kinds_of(publish_target(adapter, 0.0))
-    print("rows the ledger says → rows the attack needs (ratio), for one layer of every kind\n")
+    print("rows the ledger says → rows the best attack needs (ratio), for one layer of every kind\n")
     print("| noise | layer | κ | " + " | ".join(map(_error, ERRORS)) + " |")
     print("|" + "---|" * (len(ERRORS) + 3))
     ratios = []
@@ -246,7 +249,8 @@ def ledger(adapter: Any, noises: Sequence[float], path: Path) -> None:
                     continue
                 target = target or publish_target(adapter, noise)
                 peak = peak_ratio([target.core(layer)])
-                said, needed = compared(target, layer, error)
+                own = curves[target.publication.layers[layer].outputs[0][0]]
+                said, needed = compared(judge, target, layer, error, own)
                 line = {"noise": noise, "kind": kind, "error": error, "peak": peak, "said": said, "needed": needed}
                 with path.open("a") as file:
                     file.write(json.dumps(line) + "\n")
@@ -289,6 +293,14 @@ def below(judge: Judge, adapter: Any, noises: Sequence[float]) -> None:
     print(f"\n{len(ratios)} compared; ratios from {min(ratios):.2f} to {max(ratios):.2f}\n")
 
 
+@lru_cache(maxsize=1)
+def planned(judge: Judge, layer: int) -> Plan:
+    """What who has recognised the initial A asks of a layer."""
+    name, basis = judge.target.publication.layers[layer].outputs[0][0], judge.main_directions[layer]
+    weight = root_of_weight(len(basis), judge.foreseen(DIRECTED_TOKENS)[layer])
+    return Plan.of(root_of_prior(row_space(judge.recognised.rows[name]), judge.recognised.outside), weight)
+
+
 def attacked(judge: Judge, target: Target, layer: int, rows: int) -> dict[str, float]:
     """Relative error of one layer's core after every attack that plans its own queries."""
     truth, basis = target.core(layer), judge.main_directions[layer]
@@ -298,9 +310,7 @@ def attacked(judge: Judge, target: Target, layer: int, rows: int) -> dict[str, f
         "d": ask_along(target.client(), layer, rows, basis, peak),
     }
     if judge.recognised.sure:
-        initial = row_space(judge.recognised.rows[target.publication.layers[layer].outputs[0][0]])
-        weight = root_of_weight(len(basis), judge.foreseen(DIRECTED_TOKENS)[layer])
-        plan = Plan.of(root_of_prior(initial, judge.recognised.outside), weight)
+        plan = planned(judge, layer)
         tries["i"] = informed(target.client(), layer, rows, plan, plan.peak_ratio(truth))
     return {name: relative_error(one, truth) for name, one in tries.items()}
 
@@ -322,20 +332,22 @@ def _ratio(line: dict[str, Any]) -> str:
     return f"{line['said']:,} → {line['needed']:,} ({line['needed'] / line['said']:.2f})"
 
 
-def compared(target: Target, layer: int, error: float) -> tuple[int | None, int | None]:
+def compared(
+    judge: Judge, target: Target, layer: int, error: float, own: Sequence[Directions]
+) -> tuple[int | None, int | None]:
     """(rows said, rows needed); None where nothing is known, and where the search gives up at twice what is said."""
     try:
-        said = rows_until(channel_of(target, layer), error)
+        said = rows_until(channel_of(target, layer), error, own)
     except OverflowError:
         return None, None
-    truth, ratio = target.core(layer), peak_ratio([target.core(layer)])
+    ratio = peak_ratio([target.core(layer)])
 
     def reached(rows: int) -> bool:
+        if error > 0:
+            return min(attacked(judge, target, layer, rows).values()) <= error
         client = target.client()
         got = chosen(client, layer, rows, peak_ratio=ratio)
-        if error == 0:
-            return bool(got.seen.all()) and confirm(client, layer, got.integers)
-        return float(np.linalg.norm(got.values - truth) / np.linalg.norm(truth)) <= error
+        return bool(got.seen.all()) and confirm(client, layer, got.integers)
 
     # Of three tries two must succeed: the first success of a long search would be luck.
     return said, next((rows for rows in _around(said) if sum(reached(rows) for _ in range(TRIES)) * 2 > TRIES), None)

@@ -134,7 +134,7 @@ def calibrate(
 
 
 def directions_if_known(model: Any, target: Target, text: Text, guesses: Guesses) -> ByLayer:
-    """What directions are worth; nothing with too little text for that: then columns count, which need a few rows more."""
+    """What directions are worth; nothing with too little text for that: then columns count, which need a few more."""
     if text.halves()[0].tokens < max(layer.width for layer in target.publication.layers):
         return {}
     return worth_of_directions(Judge(model, target, text, guesses))
