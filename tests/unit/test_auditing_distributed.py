@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.util import find_spec
@@ -275,6 +276,25 @@ def test_personalised_devices_and_crossing_gradients_are_those_of_a_local_run(
     read = {row.attack: row.value for row in there.scores}
     assert read["gradient"] > 0.5
     assert (read["search"] > 0.99) == (knows == "personal"), "the workers' device half is the one that was said"
+
+
+def test_units_that_learn_the_same_are_not_with_workers_together() -> None:
+    """The second one waits, and what the first has learnt goes with it; others go ahead of it."""
+
+    def unit(name: str, learnt: str) -> Unit:
+        return Unit(1, "none", object(), name, 1, f"{name} fit", learnt)  # type: ignore[arg-type]
+
+    revert, beam, ridge = unit("revert", "a"), unit("beam", "a"), unit("ridge", "b")
+    waiting = object.__new__(distributed._Run)
+    waiting.waiting, waiting.pending = deque([revert, beam, ridge]), {}
+    taken = []
+    while (one := waiting.next()) is not None:
+        taken.append(one)
+        waiting.pending[one.attack] = one
+    assert taken == [revert, ridge]
+    del waiting.pending["revert"]
+    assert waiting.next() is beam
+    assert not waiting.waiting
 
 
 def test_a_killed_worker_loses_no_row(connected: str, marks: Path, tmp_path: Path) -> None:

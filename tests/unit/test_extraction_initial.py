@@ -13,11 +13,14 @@ from transformers import AutoModelForCausalLM
 from splitveil.adapters import load_adapter
 from splitveil.embedded import folder
 from splitveil.errors import ConfigurationError
+from splitveil.extraction.calibrate import channel_of
 from splitveil.extraction.guessed import CHECKING_ROWS, Guesses, recognise
 from splitveil.extraction.known import row_space
-from splitveil.extraction.measure import Judge, directed_queries, honest_text, initial_rows
+from splitveil.extraction.measure import Judge, directed_queries, honest_text, initial_rows, worth_of_directions
 from splitveil.extraction.prior import Plan, _shared_out, informed, root_of_prior
 from splitveil.extraction.target import errors, publish_target
+from splitveil.extraction.worth import Text
+from splitveil.private.leakage import directed_error
 
 CLINIC_SEED = 1  # training/clinic_adapter.py
 
@@ -155,6 +158,39 @@ def test_judged_on_text_it_is_at_no_number_of_rows_worse_than_directed_or_honest
         ours = initial_rows(judge, rows)
         for other in (directed_queries, honest_text):
             assert ours["error on text"][0] < 1.05 * other(judge, rows)["error on text"][0] + 1e-3
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.3])
+def test_the_ledgers_curve_of_it_is_what_it_reaches(drifted: Small, noise: float) -> None:
+    """A vendor measures two orders; in that of the initial A, the attack is at no layer far from what is said."""
+    guesses = Guesses(drifted.model, drifted.folder, str(SEED))
+    curves = worth_of_directions(Judge(drifted.model, publish_target(drifted.adapter, 0.0), drifted.text, guesses))
+    judge = Judge(drifted.model, publish_target(drifted.adapter, noise), drifted.text, guesses)
+    ratios = []
+    for rows in (8, 32, 56):
+        found = initial_rows(judge, rows)
+        for index, layer in enumerate(judge.target.publication.layers):
+            name = layer.outputs[0][0]
+            assert len(curves[name]) == 2
+            said = directed_error(channel_of(judge.target, index), curves[name][1], rows)
+            ratios.append(found[f"error:{name}"][0] / said)
+    assert 0.85 < np.mean(ratios) < 1.2
+    assert max(ratios) < 1.5
+    assert min(ratios) > 0.75
+
+
+def test_without_a_guess_that_is_right_there_is_one_order(drifted: Small) -> None:
+    target = publish_target(drifted.adapter, 0.0)
+    for guesses in (None, Guesses(drifted.model, drifted.folder, "900-903")):
+        curves = worth_of_directions(Judge(drifted.model, target, drifted.text, guesses))
+        assert {len(found) for found in curves.values()} == {1}
+        assert {curve.counts[-1] for found in curves.values() for curve in found} == {64, 96}
+
+
+def test_too_little_text_for_an_order_is_refused(drifted: Small) -> None:
+    few = Text(drifted.text.windows[:3])
+    with pytest.raises(ConfigurationError, match="66 tokens, and a layer 96 inputs: give more"):
+        worth_of_directions(Judge(drifted.model, publish_target(drifted.adapter, 0.0), few))
 
 
 def test_rows_go_where_they_take_most_off_the_error() -> None:

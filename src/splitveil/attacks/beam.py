@@ -3,8 +3,8 @@
 Whoever knows which public model a device began with has a language model of its own text: better than what ``revert``'s
 second stage learns from the attacker's. Readings leave several words possible at many positions; a beam search over
 whole texts weighs how well each was read against how likely it is (noisy-channel decoding). Where the device half is
-the public one, ``search`` does better. This is the attack for where ``search`` has nothing exact to compare with:
-noise, and a personal part that the attacker lacks.
+the public one, ``search`` does better. This is the attack for where ``search`` has nothing exact to compare with, as
+against a personal part that the attacker lacks. In strong noise ``revert``'s second stage is worth more than the prior.
 """
 
 from collections.abc import Callable, Iterator, Mapping
