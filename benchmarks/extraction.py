@@ -74,11 +74,13 @@ def main() -> None:
     parser.add_argument("--attacks", default=",".join((*ATTACKS, *ASIDE)))
     parser.add_argument("--initial", default=SEEDS, help="where initial-A looks: seeds, or a PEFT folder")
     parser.add_argument("--ledger-only", action="store_true", help="compare with the ledger, and no more")
+    parser.add_argument("--errors", default=",".join(map(str, ERRORS)), help="of ΔW, to compare at; 0 is exact")
     options = parser.parse_args()
     torch.set_num_threads(1)
     began = time.process_time()
     adapter = load_adapter(options.adapter)
     noises = tuple(map(float, options.noises.split(",")))
+    errors = tuple(map(float, options.errors.split(",")))
     options.out.mkdir(parents=True, exist_ok=True)
     model = AutoModelForCausalLM.from_pretrained(options.base, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(options.base)
@@ -95,7 +97,7 @@ def main() -> None:
     attacks = options.attacks.split(",")
     judge = Judge(model, publish_target(adapter, 0.0), text, Guesses(model, adapter.path, options.initial))
     if options.ledger_only:
-        ledger(judge, adapter, noises, options.out / "agreement.jsonl")
+        ledger(judge, adapter, noises, errors, options.out / "agreement.jsonl")
         return
     found = run(
         subject,
@@ -117,7 +119,7 @@ def main() -> None:
         below(judge, adapter, noises)
     if attacks != [*ATTACKS, *ASIDE]:
         return
-    ledger(judge, adapter, noises, options.out / "agreement.jsonl")
+    ledger(judge, adapter, noises, errors, options.out / "agreement.jsonl")
     print(f"{time.process_time() - began:.0f} s of one core")
 
 
@@ -231,20 +233,20 @@ def _error(error: float) -> str:
     return f"{100 * error:g} %" if error else "exact"
 
 
-def ledger(judge: Judge, adapter: Any, noises: Sequence[float], path: Path) -> None:
+def ledger(judge: Judge, adapter: Any, noises: Sequence[float], errors: Sequence[float], path: Path) -> None:
     """For a layer of every kind: rows that the ledger says, and rows that the best attack needs, in steps of 5 %."""
     curves = worth_of_directions(judge)
     kept = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     done = {(one["noise"], one["kind"], one["error"]): one for one in kept}
     kinds = kinds_of(publish_target(adapter, 0.0))
     print("rows the ledger says → rows the best attack needs (ratio), for one layer of every kind\n")
-    print("| noise | layer | κ | " + " | ".join(map(_error, ERRORS)) + " |")
-    print("|" + "---|" * (len(ERRORS) + 3))
+    print("| noise | layer | κ | " + " | ".join(map(_error, errors)) + " |")
+    print("|" + "---|" * (len(errors) + 3))
     ratios = []
     for noise in noises:
         target: Target | None = None
         for kind, layer in kinds.items():
-            for error in ERRORS:
+            for error in errors:
                 if (noise, kind, error) in done:
                     continue
                 target = target or publish_target(adapter, noise)
@@ -255,11 +257,11 @@ def ledger(judge: Judge, adapter: Any, noises: Sequence[float], path: Path) -> N
                 with path.open("a") as file:
                     file.write(json.dumps(line) + "\n")
                 done[noise, kind, error] = line
-            lines = [done[noise, kind, error] for error in ERRORS]
+            lines = [done[noise, kind, error] for error in errors]
             ratios += [one["needed"] / one["said"] for one in lines if one["needed"] and one["said"]]
             cells = " | ".join(map(_ratio, lines))
             print(f"| {100 * noise:g} % | {kind} | {lines[0]['peak']:.1f} | {cells} |", flush=True)
-    count = len(noises) * len(kinds) * len(ERRORS)
+    count = len(noises) * len(kinds) * len(errors)
     print(f"\n{len(ratios)} of {count} compared; ratios from {min(ratios):.2f} to {max(ratios):.2f}\n")
 
 

@@ -26,7 +26,7 @@ from splitveil.private.directions import Directions
 from splitveil.private.exposure import Facts, facts_of, leakage_of
 from splitveil.private.lattice_served import publish
 from splitveil.private.layer import publish as publish_layers
-from splitveil.serving.exposure import known_attack_error, rows_until_learned, sites_of
+from splitveil.serving.exposure import base_model_reckoned_with, known_attack_error, rows_until_learned, sites_of
 from splitveil.serving.publishing import ServedAdapter
 from splitveil.serving.serve import metered
 
@@ -202,6 +202,22 @@ def test_the_vendor_is_told_whether_the_base_model_is_reckoned_with(url: str) ->
     marked = [line for line in table.splitlines() if line.startswith("acme")]
     assert ["*" in line for line in marked] == ["known-False" in line for line in marked]
     assert "extract --directions" in table
+
+
+def test_what_is_measured_later_counts_for_rows_before_if_the_weights_are_the_same() -> None:
+    curve = (Directions((16, 64), (0.3, 0.0), 3.0),)
+    facts = Facts(DEFAULT.name, RANK, 60_000, 4.2)
+    before, after = replace(facts, weights="one"), replace(facts, weights="one", directions=curve)
+
+    def reckoned(*found: Facts) -> bool:
+        return base_model_reckoned_with(Account("a", "clinic", "q", 16, WIDTH, 0.1, tuple(map(str, found))))
+
+    assert reckoned(after)
+    assert reckoned(before, after)
+    assert not reckoned(before)
+    assert not reckoned(before, replace(after, weights="two")), "of the weights before, nothing was measured"
+    assert not reckoned(replace(facts, directions=()), after), "nobody knows which weights those were"
+    assert not reckoned()
 
 
 def test_noise_that_is_raised_later_does_not_make_anything_unlearned(url: str) -> None:
