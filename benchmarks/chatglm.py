@@ -6,16 +6,19 @@
 
 Weights are random: times do not depend on them. The adapter is made under the original names and goes through
 ``splitveil convert``; the server is another process on this machine. In a *burst* the masks are ready; *sustained* is
-many times what the mask pool holds, in one go. Each run stands between two of plaintext, so that a slow moment of the
-machine meets both. Of a private token: what encryption, the wait for answers
-(network and server, as far as the base product has not covered them) and recovery take on the thread that generates,
-and what the server says it took. Then the private layers of a token by themselves, on one core.
+many times what the mask pool holds, in one go. Idle OpenMP threads spin briefly, as under every `splitveil` command
+(GOMP_SPINCOUNT=2000; set it to measure with another). Each run stands between two of plaintext, so that a slow moment
+of the machine meets both. Of a private token: what encryption, the wait for answers (network and server, as far as the
+base product has not covered them) and recovery take on the thread that generates, and what the server says it took.
+Then the private layers of a token by themselves, on one core.
 """
 
 import argparse
 import datetime
 import json
+import os
 import socket
+import sys
 import tempfile
 import time
 import urllib.request
@@ -334,4 +337,7 @@ def alone(blocks: int) -> None:
 
 
 if __name__ == "__main__":
+    if "GOMP_SPINCOUNT" not in os.environ:
+        # As every `splitveil` command has it: read when torch is loaded, which has happened already.
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"GOMP_SPINCOUNT": "2000"})
     main()
