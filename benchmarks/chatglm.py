@@ -69,6 +69,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
+    if "GOMP_SPINCOUNT" not in os.environ:
+        # As every `splitveil` command has it: read when torch is loaded, which has happened already.
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"GOMP_SPINCOUNT": "2000"})
     torch.set_num_threads(options.threads)
     print(f"{datetime.date.today()}, {machine()}, {options.threads} threads, {options.device}, {options.dtype}\n")
     with tempfile.TemporaryDirectory() as folder:
@@ -337,7 +340,4 @@ def alone(blocks: int) -> None:
 
 
 if __name__ == "__main__":
-    if "GOMP_SPINCOUNT" not in os.environ:
-        # As every `splitveil` command has it: read when torch is loaded, which has happened already.
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"GOMP_SPINCOUNT": "2000"})
     main()
