@@ -160,15 +160,8 @@ def pickled(base: Path) -> None:
     (base / "model.safetensors").rename(base / "pytorch_model.bin")
 
 
-def of_no_kind(base: Path) -> None:
-    kept = json.loads((base / "tokenizer.json").read_text())
-    kept["model"]["type"] = "Nonsense"
-    (base / "tokenizer.json").write_text(json.dumps(kept))
-
-
 BASES = {
     "a damaged tokenizer": (lambda b: (b / "tokenizer.json").write_text("{}"), "its tokenizer cannot be loaded"),
-    "a tokenizer of no kind": (of_no_kind, "its tokenizer cannot be loaded (Exception: data did not match"),
     "weights in a pickle": (pickled, "which are pickles and are not read"),
     "truncated weights": (truncated, "cannot be loaded as a causal language model: Error while deserializing header"),
     "weights of another shape": (lambda b: reconfigured(b, "vocab_size", 4097), "such as model.embed_tokens.weight;"),

@@ -81,7 +81,7 @@ def readings(net: Inverter, crossing: Crossing) -> Tensor:
     return net.scores(points).log_softmax(-1) + SAY * net.alone(crossing.hidden).log_softmax(-1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Readings:
     """The likeliest readings of every position, the best first."""
 

@@ -59,7 +59,14 @@ def load_base(text: str, *, dtype: str = "auto", device: str = "cpu") -> tuple[A
     ) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise BaseModelError(f"{folder} cannot be loaded as a causal language model: {reason}") from None
-    tokenizer = _tokenizer(folder)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError, json.JSONDecodeError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise BaseModelError(
+            f"{folder}: its tokenizer cannot be loaded ({type(error).__name__}: {reason}); the folder needs the "
+            "model's own tokenizer.json and tokenizer_config.json"
+        ) from None
     # transformers would go on with random numbers in their places.
     lacking = sorted({*loaded["missing_keys"], *(name for name, *_ in loaded["mismatched_keys"])})
     if lacking:
@@ -71,24 +78,6 @@ def load_base(text: str, *, dtype: str = "auto", device: str = "cpu") -> tuple[A
         return model.to(device).eval(), tokenizer
     except (RuntimeError, AssertionError) as error:
         raise ConfigurationError(f"device {device!r} is not usable here: {str(error).splitlines()[0]}") from None
-
-
-def _tokenizer(folder: Path) -> Any:
-    """Raises ``BaseModelError`` where the folder has none, or one that is damaged."""
-    import transformers
-
-    try:
-        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:
-        # The tokenizers library raises a plain ``Exception`` for a tokenizer.json that makes no sense to it.
-        known = (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError)
-        if type(error) is not Exception and not isinstance(error, known):
-            raise
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise BaseModelError(
-            f"{folder}: its tokenizer cannot be loaded ({type(error).__name__}: {reason}); the folder needs the "
-            "model's own tokenizer.json and tokenizer_config.json"
-        ) from None
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from splitveil.private.core import core_rms
+from splitveil.private.core import core_rms, haar_orthogonal
 
 F64 = NDArray[np.float64]
 _GAUGES = 9
@@ -81,9 +81,7 @@ def along(core: F64, basis: F64, expected: F64 | None = None) -> Directions:
 
 def _typical_peak(parts: F64) -> float:
     """The largest entry of ``parts`` (rank, k) to be expected in the random gauge of a publication: a median."""
-    draw = np.random.default_rng(0)
-    turns = (np.linalg.qr(draw.standard_normal((len(parts), len(parts))))[0] for _ in range(_GAUGES))
-    return float(np.median([np.abs(turn @ parts).max() for turn in turns]))
+    return float(np.median([np.abs(haar_orthogonal(len(parts)) @ parts).max() for _ in range(_GAUGES)]))
 
 
 def _grid(last: int) -> tuple[int, ...]:
