@@ -218,13 +218,13 @@ class Grid:
         found = kept(path)
         if found is not None:
             state, facts = found
-            learner.restore(state, known)
+            learner.restore(state, known.restricted(learner.needs))
             seconds = float(facts["seconds"])
         else:
             begun = time.perf_counter()
             told = self.setting
             effort = Effort(seconds=told.budget, steps=told.steps, seed=told.seed, plateau=told.plateau)
-            learner.fit(known, effort, tell("learning"))
+            learner.fit(known.restricted(learner.needs), effort, tell("learning"))
             seconds = time.perf_counter() - begun
             # Of the learner alone, whichever attack was the first to need it.
             facts = {"seconds": repr(seconds), "attack": unit.label} | facts_of_learning(learner, known)

@@ -46,8 +46,14 @@ def ask_along(client: Client, layer: int, rows: int, basis: F64, peak_ratio: flo
         raise ConfigurationError("the answer noise is as wide as the modulus: a query along a direction tells nothing")
     noise = sigma / size / core_rms(width)
     basis = basis[: directions_worth_asking(width, noise, rows)]
-    asked = basis[np.arange(rows) % len(basis)]
-    queries = np.rint(asked * size).astype(np.int64)
+    return ask_in_turn(client, layer, rows, basis, size)
+
+
+def ask_in_turn(client: Client, layer: int, rows: int, basis: F64, size: float) -> F64:
+    """What the core (rank, d) holds along ``basis`` (k, d), by ``rows`` queries of that ``size``, one direction after
+    the other; with more rows than directions, again from the first, and noise averages out.
+    """
+    queries = np.rint(basis[np.arange(rows) % len(basis)] * size).astype(np.int64)
     answers = client.ask(layer, residues(queries)).astype(np.float64)
     # answers = (x̂·basisᵀ)·Mᵀ + g, with all of x̂ known.
     mixed, *_ = np.linalg.lstsq(queries.astype(np.float64) @ basis.T, answers, rcond=None)

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from splitveil.errors import ConfigurationError
 from splitveil.extraction.chosen import Estimate
-from splitveil.extraction.client import Client, residues
+from splitveil.extraction.client import Client
+from splitveil.extraction.directed import ask_in_turn
 from splitveil.private.bound import HALF
 from splitveil.private.columns import MARGIN
 
@@ -29,12 +30,8 @@ def known_rows(client: Client, layer: int, rows: int, basis: F64) -> Estimate:
     No query wraps, whatever the core: |⟨C_j, x̂⟩| ≤ ρ‖x̂‖₂. Raises ``ConfigurationError`` where noise leaves no room.
     """
     published = client.layer(layer)
-    asked = basis[np.arange(rows) % len(basis)]
     size = (HALF - MARGIN * client.sigma(layer)) / (published.norm_bound + 1)
     if size < 1:
         raise ConfigurationError("the answer noise is as wide as the modulus: a query along a direction tells nothing")
-    queries = np.rint(asked * size).astype(np.int64)
-    answers = client.ask(layer, residues(queries)).astype(np.float64)
-    # answers = (x̂·basisᵀ)·Mᵀ + g, with all of x̂ known.
-    mixed, *_ = np.linalg.lstsq(queries.astype(np.float64) @ basis.T, answers, rcond=None)
-    return Estimate(mixed.T @ basis, np.full(published.width, rows >= len(basis)), client.rows[layer])
+    found = ask_in_turn(client, layer, rows, basis, size)
+    return Estimate(found, np.full(published.width, rows >= len(basis)), client.rows[layer])
