@@ -2,7 +2,8 @@
 
 The server runs in another process on the same cores. Three states of the mask pool are told apart: *cold* (empty at the
 start), *burst* (full behind the prompt), and *sustained* (five times the pool's capacity in one go). A sustained run is
-compared with the plaintext runs before and after it: what slows the machine for a while slows both.
+compared with the plaintext runs before and after it: what slows the machine for a while slows both. Between them stands
+a run whose messages go over a plain socket, too, so that what the transport costs is told from the rest.
 """
 
 import contextlib
@@ -13,12 +14,14 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 
+from splitveil.bench.plain_socket import plain_socket
 from splitveil.serving.connect import connect, connection, disconnect
+from splitveil.serving.session import Session
 
 PROMPT = 16
 COLD = 16
@@ -45,6 +48,9 @@ class DecodeResult:
     to_unmerged: list[float]
     """Of every sustained run: private ÷ unmerged."""
     to_merged: list[float]
+    socket_ms: float
+    """With a plain socket in gRPC's place, sustained."""
+    socket_to_unmerged: list[float]
 
 
 def qwen2_half_billion(dtype: torch.dtype, weights: dict[str, torch.Tensor] | None = None) -> Any:
@@ -118,11 +124,19 @@ def _in_turn(private: Any, unmerged: Any, merged: Any, address: str, rounds: int
         decode(private, 2)
         decode(unmerged, 2)
         adapter = connection(private)
-        pool, traffic = adapter.pool, adapter.session.traffic
+        session = adapter.session
+        pool, traffic = adapter.pool, session.traffic
         if pool is None:
             raise RuntimeError("no mask pool")
         count = 5 * pool.rows_per_site
-        runs: dict[str, list[list[float]]] = {"private": [], "unmerged": [], "merged": [], "burst": [], "cold": []}
+        runs: dict[str, list[list[float]]] = {
+            "private": [],
+            "unmerged": [],
+            "merged": [],
+            "burst": [],
+            "cold": [],
+            "socket": [],
+        }
         expected: list[int] = []
         same, used = [], 0
         for turn in range(rounds + 1):
@@ -139,16 +153,20 @@ def _in_turn(private: Any, unmerged: Any, merged: Any, address: str, rounds: int
             used += traffic.sent + traffic.received - before
             runs["private"].append(seconds)
             same.append(np.mean(np.array(tokens) == np.array(expected)))
+            with plain_socket(session) as stand_in:
+                adapter.session = cast(Session, stand_in)
+                runs["socket"].append(decode(private, count)[0])
+                adapter.session = session
     finally:
         disconnect(private)
     ms = {name: 1e3 * float(np.median(np.concatenate(each))) for name, each in runs.items()}
-    ratios = {
-        name: [
+
+    def ratios(kind: str, name: str) -> list[float]:
+        return [
             float(2 * np.median(run) / (np.median(runs[name][turn]) + np.median(runs[name][turn + 1])))
-            for turn, run in enumerate(runs["private"])
+            for turn, run in enumerate(runs[kind])
         ]
-        for name in ("unmerged", "merged")
-    }
+
     return DecodeResult(
         str(dtype).removeprefix("torch."),
         count,
@@ -160,8 +178,10 @@ def _in_turn(private: Any, unmerged: Any, merged: Any, address: str, rounds: int
         ms["burst"],
         used / rounds / (count + PROMPT),
         float(np.mean(same)),
-        ratios["unmerged"],
-        ratios["merged"],
+        ratios("private", "unmerged"),
+        ratios("private", "merged"),
+        ms["socket"],
+        ratios("socket", "unmerged"),
     )
 
 
