@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import math
 import os
 import signal
 import socket
@@ -36,7 +37,7 @@ from auditing_support import (
 from splitveil.attacks import catalogue
 from splitveil.attacks.attack import Progress, Recovery, silent
 from splitveil.auditing import cluster as cluster_module
-from splitveil.auditing import distributed
+from splitveil.auditing import distributed, received
 from splitveil.auditing.audit import audit
 from splitveil.auditing.cluster import joined
 from splitveil.auditing.data import Text
@@ -456,9 +457,16 @@ def answered() -> tuple[Grid, Unit, bytes]:
     return grid, unit, json.dumps({"rows": [row.as_dict() for row in rows], "texts": texts}).encode()
 
 
+def test_a_failure_is_an_answer(answered: tuple[Grid, Unit, bytes]) -> None:
+    grid, unit, _ = answered
+    row = grid.failed(unit, ConfigurationError("a reason"), 1.0)
+    rows, texts, _ = received.checked(grid, unit, (json.dumps({"rows": [row.as_dict()], "texts": []}).encode(), None))
+    assert (plain(rows), texts) == (plain([row]), [])
+
+
 def test_an_answer_is_taken_as_it_is(answered: tuple[Grid, Unit, bytes]) -> None:
     grid, unit, content = answered
-    rows, texts, learnt = distributed.checked(grid, unit, (content, None))
+    rows, texts, learnt = received.checked(grid, unit, (content, None))
     assert [row.metric for row in rows][-1] == METRICS[-1]
     assert len(texts) == len(VICTIMS)
     assert learnt is None
@@ -466,6 +474,14 @@ def test_an_answer_is_taken_as_it_is(answered: tuple[Grid, Unit, bytes]) -> None
 
 def _first(**changes: Any) -> Callable[[Any], Any]:
     return lambda found: found | {"rows": [found["rows"][0] | changes, *found["rows"][1:]]}
+
+
+def _last(**changes: Any) -> Callable[[Any], Any]:
+    return lambda found: found | {"rows": [*found["rows"][:-1], found["rows"][-1] | changes]}
+
+
+def _without(text: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in text.items() if key != name}
 
 
 @pytest.mark.parametrize(
@@ -488,6 +504,31 @@ def _first(**changes: Any) -> Callable[[Any], Any]:
         lambda found: found | {"rows": None},
         lambda found: list(found),
         lambda found: found | {"more": "x" * 2**21},
+        _first(value=math.inf),
+        _first(value=7, low=6, high=8),
+        _first(low=0.9, high=0.1),
+        _first(prompts="x"),
+        _first(prompts=-3),
+        _first(prompts=10**6),
+        _first(prompts=True),
+        _first(seconds=-1e9),
+        _first(seconds=None),
+        _first(error={}),
+        _first(error=""),
+        _first(metric="Unknown metric"),
+        _last(value=None, low=None, high=None),
+        _last(error="a reason, and figures beside it"),
+        lambda found: found | {"rows": found["rows"][-1:]},
+        lambda found: found | {"texts": []},
+        lambda found: found | {"texts": [_without(text, "original") for text in found["texts"]]},
+        lambda found: found | {"texts": [_without(text, "recovered") for text in found["texts"]]},
+        lambda found: found | {"texts": [text | {"original": text["original"][::-1]} for text in found["texts"]]},
+        lambda found: found | {"texts": [text | {"recovered": [1] * 99} for text in found["texts"]]},
+        lambda found: (
+            found | {"texts": [text | {"correct": ["yes"] * len(text["correct"])} for text in found["texts"]]}
+        ),
+        lambda found: found | {"texts": [text | {"more": math.nan} for text in found["texts"]]},
+        lambda found: found | {"texts": found["texts"][::-1]},
     ],
 )
 def test_an_answer_that_is_not_the_units_is_refused(
@@ -495,7 +536,7 @@ def test_an_answer_that_is_not_the_units_is_refused(
 ) -> None:
     grid, unit, content = answered
     with pytest.raises(ProtocolError):
-        distributed.checked(grid, unit, (json.dumps(change(json.loads(content))).encode(), None))
+        received.checked(grid, unit, (json.dumps(change(json.loads(content))).encode(), None))
 
 
 @pytest.mark.parametrize("learnt", ["text", b"too long"])
@@ -503,12 +544,12 @@ def test_what_was_learnt_is_bounded(
     answered: tuple[Grid, Unit, bytes], monkeypatch: pytest.MonkeyPatch, learnt: Any
 ) -> None:
     grid, unit, content = answered
-    monkeypatch.setattr(distributed, "MAX_LEARNT", 7)
+    monkeypatch.setattr(received, "MAX_LEARNT", 7)
     with pytest.raises(ProtocolError, match="at most 7 bytes"):
-        distributed.checked(grid, unit, (content, learnt))
+        received.checked(grid, unit, (content, learnt))
     for other in (None, (content,), ("text", None)):
         with pytest.raises(ProtocolError, match="no measurement"):
-            distributed.checked(grid, unit, other)
+            received.checked(grid, unit, other)
 
 
 def test_without_ray_the_error_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

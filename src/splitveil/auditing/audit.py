@@ -1,5 +1,6 @@
 """``splitveil.audit``: what a model leaks of its prompts where it is split, in one call."""
 
+import errno
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,8 +22,11 @@ from splitveil.auditing.prices import prices
 from splitveil.auditing.rows import Store
 from splitveil.auditing.windows import check_length, check_vocabulary, take_victims
 from splitveil.defences import catalogue as defence_catalogue
-from splitveil.errors import ConfigurationError
+from splitveil.errors import ConfigurationError, DataError
 from splitveil.split import cut
+
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
+"""What a disk refuses with."""
 
 
 def silent(step: Step) -> None:
@@ -133,8 +137,19 @@ def _evaluating(model: Any) -> Iterator[None]:
 
 @contextmanager
 def _store(out: str | Path | None) -> Iterator[Store]:
-    """The folder of the rows, held against other runs; a temporary one where none is given."""
+    """The folder of the rows, held against other runs; a temporary one where none is given.
+
+    Raises ``DataError`` where the disk refuses. Rows are whole or not there, so what was measured stays.
+    """
     with tempfile.TemporaryDirectory() as temporary:
         store = Store(Path(temporary if out is None else out))
-        with store.locked():
-            yield store
+        try:
+            with store.locked():
+                yield store
+        except OSError as error:
+            if error.errno not in _DISK:
+                raise
+            raise DataError(
+                f"{error.filename or store.folder} cannot be written: {error.strerror}; what was measured before is "
+                "kept, and the same command goes on from there"
+            ) from None

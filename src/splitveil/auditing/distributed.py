@@ -22,14 +22,19 @@ from splitveil.attacks.attack import Progress, silent
 from splitveil.auditing.cluster import Cluster, check_versions, versions
 from splitveil.auditing.fitted import kept
 from splitveil.auditing.grid import Grid, Step, Unit, Watch
-from splitveil.auditing.intervals import Figure
-from splitveil.auditing.rows import Row, Store
+from splitveil.auditing.received import MAX_LEARNT, checked
+from splitveil.auditing.rows import Store
 from splitveil.auditing.stage import Stage
-from splitveil.errors import ConfigurationError, ConnectionFailedError, DataError, ProtocolError, SplitveilError
+from splitveil.errors import (
+    ConfigurationError,
+    ConnectionFailedError,
+    DataError,
+    ProtocolError,
+    SplitveilError,
+    VersionError,
+)
 
 TRIES = 3
-MAX_LEARNT = 2**32
-"""Bytes of what one attacker learnt."""
 EMPTY_SECONDS = 60.0
 """How long a cluster may have no node that a task fits on."""
 _POLL_SECONDS = 1.0
@@ -149,14 +154,15 @@ class _Run:
                 _keep(Grid.learnt(self.store, unit), learnt)
         except errors.RayTaskError as error:
             cause = error.cause
-            if isinstance(cause, errors.RayError | MemoryError | OSError):
+            # Of other software, too: a node that joined after the others were asked. Another may have the right one.
+            if isinstance(cause, errors.RayError | MemoryError | OSError | VersionError):
                 return self._lost(unit, cause)
             if not isinstance(cause, SplitveilError):
                 raise (cause or error) from error
             rows, texts = [self.grid.failed(unit, cause, 0.0)], []
         except errors.RayError as error:
             return self._lost(unit, error)
-        except SplitveilError as error:
+        except ProtocolError as error:
             rows, texts = [self.grid.failed(unit, error, 0.0)], []
         self.store.append(rows, texts)
         return True
@@ -206,39 +212,6 @@ def run_on(cluster: Cluster, grid: Grid, units: Sequence[Unit], store: Store, wa
     finally:
         for answer in run.pending:
             cluster.ray.cancel(answer, force=True)
-
-
-def checked(grid: Grid, unit: Unit, answer: Any) -> tuple[list[Row], list[dict[str, Any]], bytes | None]:
-    """(rows, texts, what was learnt) of an answer. Raises ``ProtocolError`` for one that is not the unit's."""
-    prompts = grid.victims.tokens
-    limit = 2**20 + 2**10 * prompts.numel()
-    if not (isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[0], bytes)):
-        raise ProtocolError("a worker answered with something that is no measurement")
-    content, learnt = answer
-    if len(content) > limit:
-        raise ProtocolError(f"a worker answered with {len(content)} bytes of rows and texts, at most {limit} are taken")
-    if learnt is not None and not (isinstance(learnt, bytes) and len(learnt) <= MAX_LEARNT):
-        raise ProtocolError(f"a worker answered with something learnt that is not at most {MAX_LEARNT} bytes")
-    try:
-        found = json.loads(content)
-        rows = [Row.from_dict(row) for row in found["rows"]]
-        texts = found["texts"]
-        same = all(row.as_dict() == _as_ours(grid, unit, row).as_dict() for row in rows)
-        theirs = all(grid.about(unit).items() <= text.items() and text["prompt_index"] in grid.victims.indices
-                     for text in texts)  # fmt: skip
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ProtocolError(f"a worker's answer cannot be read: {type(error).__name__}") from None
-    closing = [row.closes for row in rows]
-    if not (same and theirs and closing.count(True) == 1 and closing[-1]):
-        raise ProtocolError(f"a worker answered with rows that are not those of {unit.label}")
-    if len({row.metric for row in rows}) < len(rows) or len(texts) > len(prompts):
-        raise ProtocolError(f"a worker answered with rows or texts of {unit.label} twice")
-    return rows, texts, learnt
-
-
-def _as_ours(grid: Grid, unit: Unit, row: Row) -> Row:
-    figure = Figure(row.value, row.low, row.high, row.prompts)
-    return grid.row(unit, row.metric, figure, row.seconds, row.error)
 
 
 def _keep(path: Path, content: bytes) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from splitveil.errors import DataError
@@ -18,15 +18,20 @@ def place(folder: Path, key: str) -> Path:
 
 
 def keep(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> None:
-    """Writes ``path`` as a whole or not at all."""
+    """Writes ``path`` as a whole or not at all. Raises ``OSError``."""
     partial = path.with_suffix(".partial")
     # Clones, because tensors that share memory, as tied weights do, are not taken.
     packed = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
     }
-    save_file(packed, partial, dict(facts))
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
+    try:
+        with partial.open("wb") as file:
+            file.write(save(packed, dict(facts)))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
     partial.replace(path)
 
 

@@ -23,7 +23,11 @@ _GENERATE = [
     ),
     click.option("--cut", type=click.IntRange(0), metavar="N", help="Blocks that are here; a run knows its own."),
     click.option("--shape", type=click.Choice(["u", "straight"]), help="As served; a run knows its own. [default: u]"),
-    options.defence,
+    click.option(
+        "--defence",
+        metavar="NAME",
+        help="Done to every state before it leaves, as in split train. [default: what the run was trained with]",
+    ),
     click.option("--prompt", required=True, metavar="TEXT|-", help="The prompt; - reads it from standard input."),
     click.option(
         "--max-new-tokens", default=128, show_default=True, type=click.IntRange(1), help="Tokens of the answer at most."
@@ -36,7 +40,7 @@ _GENERATE = [
         type=click.FloatRange(0, 1, min_open=True),
         help="Sample from the fewest tokens that have this probability together.",
     ),
-    click.option("--seed", type=int, help="Seed for sampling."),
+    click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Seed for sampling."),
     click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text."),
 ]
 
@@ -48,7 +52,7 @@ def generate(
     personal: Path | None,
     cut: int | None,
     shape: str | None,
-    defence: str,
+    defence: str | None,
     max_new_tokens: int,
     temperature: float,
     top_p: float,

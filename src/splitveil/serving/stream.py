@@ -296,6 +296,10 @@ class Stream:
                 return ConnectionFailedError(f"{server} is shutting down; connect again later")
             case grpc.StatusCode.ABORTED:
                 return ConnectionFailedError(f"{server} ended the session: {details}; connect again")
+            case grpc.StatusCode.CANCELLED if self._welcomed:
+                return ConnectionFailedError(
+                    f"{server} ended the session: nothing was asked for too long, or it was begun anew from elsewhere"
+                )
         if self._welcomed:
             return ConnectionFailedError(
                 f"the connection to {self._address} broke ({status.name.lower()}); is the server still running?"

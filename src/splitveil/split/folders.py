@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_UNFINISHED = re.compile(r"\..+\.[0-9a-f]{16}(\.old)?")
+_UNFINISHED = re.compile(r"\.(.+)\.[0-9a-f]{16}(\.old)?")
 
 
 @contextmanager
@@ -30,8 +30,9 @@ def whole_folder(target: Path) -> Iterator[Path]:
             target.rename(old)
             try:
                 made.rename(target)
-            except OSError:
-                old.rename(target)
+            except BaseException:  # Ctrl-C comes between any two instructions
+                if not target.exists():
+                    old.rename(target)
                 raise
             shutil.rmtree(old)
         else:
@@ -43,10 +44,39 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
 
 def clear_unfinished(folder: Path) -> None:
-    """Removes what ``whole_folder`` left in ``folder`` when it was interrupted."""
+    """Removes what ``whole_folder`` left in ``folder`` when it was interrupted; what it was about to replace, and had
+    not replaced yet, gets its name back.
+    """
     for found in folder.glob(".*"):
-        if _UNFINISHED.fullmatch(found.name) and found.is_dir():
+        name = _UNFINISHED.fullmatch(found.name)
+        if name is None or not found.is_dir():
+            continue
+        if name[2] and not (folder / name[1]).exists():
+            found.rename(folder / name[1])
+        else:
             shutil.rmtree(found, ignore_errors=True)
+
+
+def check_writable(folder: Path) -> None:
+    """Raises ``OSError`` unless a file can be made in ``folder``, which is made where it is missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f".probe.{secrets.token_hex(8)}"
+    with probe.open("xb") as file:
+        file.write(b"\0")
+        os.fsync(file.fileno())
+    probe.unlink()
+
+
+def write_whole(path: Path, text: str, *, mode: int = 0o666) -> None:
+    """Writes a small file, whole or not at all, on the disk when it returns. Raises ``OSError``."""
+    fresh = path.with_name(f"{path.name}.new")
+    fresh.unlink(missing_ok=True)
+    with os.fdopen(os.open(fresh, os.O_CREAT | os.O_WRONLY | os.O_EXCL, mode), "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    fresh.replace(path)
+    _to_disk(path.parent)
 
 
 def _to_disk(path: Path) -> None:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ class Facts:
     """Fingerprint of the base model."""
     data: str = ""
     """Digest of the windows and of the course; on the device only."""
+    run: str = ""
+    """Which run it is: what the cloud calls its folder; on the device only, and empty where there is no network."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -53,6 +56,10 @@ class Checkpoints:
     """What errors call the folder; its path where this is empty. A path of the cloud's is none of the device's."""
     damaged: dict[int, str] = field(default_factory=dict)
     """Steps whose checkpoints could not be used when they were last looked at, and why."""
+
+    def any(self) -> bool:
+        """Whether there is a checkpoint, whole or not. Raises ``DataError`` where the folder cannot be looked into."""
+        return bool(self._named())
 
     def steps(self) -> tuple[int, ...]:
         """Steps whose checkpoints are whole, in order: every file is read and compared with its digest."""
@@ -88,8 +95,9 @@ class Checkpoints:
             raise DataError(f"{name} is damaged: its facts are of step {facts.step}")
         return Kept(facts, tensors)
 
-    def write(self, facts: Facts, tensors: dict[str, Tensor]) -> None:
-        """Keeps this checkpoint and the one before it. Those of later steps are of a course that was given up, and go.
+    def write(self, facts: Facts, tensors: dict[str, Tensor], after: int = 0) -> None:
+        """Keeps this checkpoint and that of step ``after``, which the run went on from or came to last: until the other
+        side has saved too, it is the one that both have. All others are of courses that were given up, and go.
 
         On the disk when this returns. Raises ``DataError`` where the disk refuses; what was there is then still there.
         """
@@ -101,29 +109,34 @@ class Checkpoints:
             "plan": dataclasses.asdict(facts.plan),
             "base": facts.base,
             "data": facts.data,
+            "run": facts.run,
         }
         told["sha256"] = _digest(told, content)
         try:
             with whole_folder(self._path(facts.step)) as made:
                 (made / TENSORS).write_bytes(content)
                 (made / FACTS).write_text(json.dumps(told, indent=1), encoding="utf-8")
-            self._prune(facts.step)
+            self._prune({facts.step, after})
         except OSError as error:
             reason = error.strerror or type(error).__name__
             place = self.shown or self.folder
             raise DataError(f"a checkpoint cannot be written to {place}: {reason}; older ones are kept") from None
 
-    def _prune(self, step: int) -> None:
-        earlier = [found for found in self._named() if found < step]
+    def _prune(self, wanted: Collection[int]) -> None:
         for found in self._named():
-            if found not in (step, *earlier[-1:]):
+            if found not in wanted:
                 shutil.rmtree(self._path(found))
         clear_unfinished(self.folder)
 
     def _named(self) -> list[int]:
-        if not self.folder.is_dir():
+        """Raises ``DataError`` for a folder that is there and cannot be looked into."""
+        try:
+            names = [_NAME.fullmatch(path.name) for path in self.folder.iterdir()]
+        except (FileNotFoundError, NotADirectoryError):
             return []
-        names = (_NAME.fullmatch(path.name) for path in self.folder.iterdir())
+        except OSError as error:
+            place, reason = self.shown or self.folder, error.strerror or type(error).__name__
+            raise DataError(f"the checkpoints of {place} cannot be looked at: {reason}") from None
         return sorted(int(found[1]) for found in names if found)
 
     def _path(self, step: int) -> Path:
@@ -140,4 +153,5 @@ def _facts(told: dict[str, Any]) -> Facts:
     plan = dict(told["plan"])
     plan["shape"], plan["device"], plan["cloud"] = Shape(plan["shape"]), Trains(plan["device"]), Trains(plan["cloud"])
     plan["optimiser"], plan["targets"] = Optimiser(**plan["optimiser"]), tuple(plan["targets"])
-    return Facts(int(told["step"]), str(told["side"]), Plan(**plan), str(told["base"]), str(told["data"]))
+    run = str(told.get("run", ""))
+    return Facts(int(told["step"]), str(told["side"]), Plan(**plan), str(told["base"]), str(told["data"]), run)

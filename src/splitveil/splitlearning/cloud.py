@@ -58,6 +58,8 @@ class LocalCloud:
         self._expected = Expected(width_of(base), vocabulary_of(base), base.dtype, context_of(base), limits)
         self._cache, self._texts = self._middle.new_cache(), 0
         self._waiting: tuple[Tensor, Tensor] | None = None
+        self._kept = 0
+        """The step of the checkpoint that this session went on from, or wrote last."""
 
     def __repr__(self) -> str:
         return f"LocalCloud({self._own!r})"
@@ -147,11 +149,12 @@ class LocalCloud:
         if step != self._own.steps:
             raise RefusedError(f"{self._own.steps} steps were made here, and {step} on the device: nothing was saved")
         try:
-            checkpoints.write(Facts(step, Side.CLOUD, plan, self._base), self._own.state())
+            checkpoints.write(Facts(step, Side.CLOUD, plan, self._base), self._own.state(), self._kept)
         except DataError as error:
             # Whoever runs the cloud is told, too: the disk is theirs.
             tell(log, logging.ERROR, "checkpoint_not_written", run=checkpoints.folder.name, error=str(error))
             raise RefusedError(str(error)) from None
+        self._kept = step
 
     def steps(self) -> tuple[int, ...]:
         """Steps of this run whose checkpoints are whole, in order."""
@@ -188,7 +191,7 @@ class LocalCloud:
             self._own.restore(kept.tensors, step)
         except ConfigurationError as error:
             raise RefusedError(str(error)) from None
-        self._waiting = None
+        self._waiting, self._kept = None, step
         self.restart()
 
     def close(self) -> None:
@@ -232,22 +235,31 @@ class LocalCloud:
 
 
 def trained_cloud(
-    base: PreTrainedModel, folder: Path, *, cut: int, shape: Shape, limits: Limits = DEFAULT_LIMITS
+    base: PreTrainedModel,
+    folder: Path,
+    *,
+    cut: int,
+    shape: Shape,
+    steps: Collection[int] = (),
+    limits: Limits = DEFAULT_LIMITS,
 ) -> LocalCloud:
-    """A cloud for use, with the newest whole weights that a run left in ``folder``.
+    """A cloud for use, with weights that a run left in ``folder``: the newest whole ones, of ``steps`` if any are
+    given.
 
     Raises ``RefusedError`` where there are none, or where they are of another cut, shape or base model.
     """
     checkpoints = Checkpoints(folder, SHOWN)
-    steps = checkpoints.steps()
-    if not steps:
+    here = checkpoints.steps()
+    wanted = [step for step in here if step in steps] if steps else list(here)
+    if not wanted:
         damaged = "".join(f"; {text}" for text in checkpoints.damaged.values())
-        raise RefusedError(f"there are no trained weights of this run here{damaged}")
-    plan = checkpoints.read(steps[-1]).facts.plan
+        of = f" of step {_listed(steps)}, which the device has, but of {_listed(here)}" if steps and here else ""
+        raise RefusedError(f"there are no trained weights of this run here{of}{damaged}")
+    plan = checkpoints.read(wanted[-1]).facts.plan
     if (plan.cut, plan.shape) != (cut, shape):
         raise RefusedError(f"this run was trained at cut {plan.cut} in the {plan.shape} shape, not at {cut}, {shape}")
     cloud = LocalCloud(base, cut=cut, shape=shape, plan=plan, folder=folder, limits=limits)
-    cloud.resume(steps[-1:])
+    cloud.resume(wanted[-1:])
     return cloud
 
 

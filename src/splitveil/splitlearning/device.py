@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache
 from splitveil.defences.defence import Defence
 from splitveil.defences.encrypted import EncryptedQuery
 from splitveil.defences.none import Plain
+from splitveil.defences.permute import Permutation
 from splitveil.defences.quantise import BFloat16, Int4, Int8
 from splitveil.defences.regularise import Regulariser
 from splitveil.defences.regularised import Regularised
@@ -73,9 +74,10 @@ class Device:
 
     @property
     def defences(self) -> str:
-        """What crosses, and with which penalty it is learnt: names and parameters, no keys."""
+        """What crosses, and with which penalty it is learnt: names and parameters, and of a key its digest."""
         penalty = "" if self._regulariser is None else f" {self._regulariser.name} {self._regulariser.weight}"
-        return f"{self._defence.name} {dict(self._defence.params)}{penalty}"
+        key = f" {self._defence.key_digest}" if isinstance(self._defence, Permutation) else ""
+        return f"{self._defence.name} {dict(self._defence.params)}{key}{penalty}"
 
     # -- use -----------------------------------------------------------------------------------------------------------
 
@@ -97,7 +99,7 @@ class Device:
         crossing = self.crossing(tokens, mask, cache)
         got = cloud.extend(crossing)
         width = self.vocabulary if self._tail is None else self._width
-        got = self._check(got, (tokens.shape[0], width), "next states or logits")
+        got = self._check(got, (tokens.shape[0], width), "next states or logits", crossing)
         if self._tail is None:
             return got
         logits: Tensor = self._tail(Crossing(got[:, None], crossing.mask[:, -1:]))[:, -1]
@@ -109,7 +111,7 @@ class Device:
         crossing = self.crossing(tokens, mask)
         hidden, loss = cloud.evaluate(crossing, None if self._tail else labels)
         if self._tail is not None:
-            hidden = self._check(hidden, tuple(crossing.hidden.shape), "hidden states")
+            hidden = self._check(hidden, tuple(crossing.hidden.shape), "hidden states", crossing)
             loss = summed_loss(self._tail(crossing.with_hidden(hidden)), labels.to(self._place)).item()
         return _finite(loss)
 
@@ -141,7 +143,7 @@ class Device:
                 _finite(loss)
             else:
                 gradient, loss, above = self._through_tail(cloud, sent, labels, normaliser)
-            gradient = self._check(gradient, tuple(leaving.shape), "gradient")
+            gradient = self._check(gradient, tuple(leaving.shape), "gradient", sent)
             below = self._below(leaving, gradient, penalty)
         both = [b if a is None else a if b is None else a + b for a, b in zip(above, below, strict=True)]
         self.own.accumulate(both)
@@ -155,15 +157,18 @@ class Device:
         """Forgets what this side accumulated since its last step."""
         self.own.discard()
 
-    def save_personal(self, folder: Path) -> Path | None:
-        """Writes what was trained on this side for ``split.personal.personalised``; None where nothing is trained."""
+    def save_personal(self, folder: Path, step: int = 0) -> Path | None:
+        """Writes what was trained on this side for ``split.personal.personalised``; None where nothing is trained.
+
+        ``step`` is kept with it: the cloud's part that belongs to it is that of the same step.
+        """
         if self.plan is None or not self.own.parameters:
             return None
         tensors = {name: parameter.detach().cpu() for name, parameter in self.own.parameters.items()}
         if self.plan.device is Trains.LORA:
-            write_adapters(folder, tensors, rank=self.plan.rank, alpha=self.plan.alpha)
+            write_adapters(folder, tensors, rank=self.plan.rank, alpha=self.plan.alpha, step=step)
         else:
-            write_weights(folder, tensors)
+            write_weights(folder, tensors, step=step)
         return folder
 
     # -- parts ---------------------------------------------------------------------------------------------------------
@@ -175,7 +180,7 @@ class Device:
         if self._tail is None:
             raise ConfigurationError("there is no tail on the device in the straight shape")
         hidden, _ = cloud.forward(sent, None, normaliser)
-        arrived = self._check(hidden, tuple(sent.hidden.shape), "hidden states").detach().requires_grad_()
+        arrived = self._check(hidden, tuple(sent.hidden.shape), "hidden states", sent).detach().requires_grad_()
         loss = summed_loss(self._tail(sent.with_hidden(arrived)), labels.to(self._place)) / normaliser
         _finite(loss.item())
         first, *above = torch.autograd.grad(loss, [arrived, *self.own.list], allow_unused=True)
@@ -201,11 +206,12 @@ class Device:
         _finite(penalty.item())
         return self._regulariser.weight * share * penalty
 
-    def _check(self, got: Tensor | None, shape: tuple[int, ...], what: str) -> Tensor:
-        if got is None or tuple(got.shape) != shape or not got.is_floating_point():
+    def _check(self, got: Tensor | None, shape: tuple[int, ...], what: str, sent: Crossing) -> Tensor:
+        if got is None or tuple(got.shape) != shape or got.dtype != sent.hidden.dtype:
             found = "nothing" if got is None else f"{tuple(got.shape)} of {got.dtype}"
             raise ProtocolError(
-                f"the cloud answered with {found}, expected {what} {shape}; are both versions the same?"
+                f"the cloud answered with {found}, expected {what} {shape} of {sent.hidden.dtype}; are both versions "
+                "the same?"
             )
         if not bool(got.isfinite().all()):
             raise NonFiniteError(f"the cloud answered with {what} that hold NaN or infinity")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from splitveil.errors import ConfigurationError
+from splitveil.errors import ConfigurationError, NonFiniteError
 from splitveil.splitlearning.device import Device
 from splitveil.splitlearning.interface import Cloud
 
@@ -32,6 +32,8 @@ class Sampling:
                 "sampling takes a temperature above 0, a top_k from 0 and a top_p above 0 and at most 1, got "
                 f"{self.temperature}, {self.top_k}, {self.top_p}; for the likeliest tokens use no sampling"
             )
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise ConfigurationError(f"a seed is a whole number from 0 and below 2^63, got {self.seed}")
 
 
 @torch.no_grad()
@@ -95,6 +97,11 @@ def _chooser(sampling: Sampling | None) -> Callable[[Tensor, Tensor], Tensor]:
 
     def draw(sequence: Tensor, logits: Tensor) -> Tensor:
         probabilities = warpers(sequence, logits).softmax(-1)
+        if not bool(probabilities.isfinite().all()):
+            # Divided by the temperature something has overflowed, which it does not where the largest is 0.
+            probabilities = warpers(sequence, logits - logits.amax(-1, keepdim=True)).softmax(-1)
+        if not bool(probabilities.isfinite().all()):
+            raise NonFiniteError(f"no token can be drawn at temperature {sampling.temperature:g}; raise it")
         return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 
     return draw

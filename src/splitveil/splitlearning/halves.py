@@ -21,6 +21,11 @@ from splitveil.splitlearning.interface import Plan, Shape, Trains
 
 SAMPLED = 256
 """Numbers of each tensor that go into a fingerprint."""
+_NOT_COMPUTED = frozenset(
+    {"architectures", "bos_token_id", "dtype", "eos_token_id", "pad_token_id", "torch_dtype", "transformers_version"}
+    | {"use_cache"}
+)
+"""Of a configuration: where it comes from, and what decides nothing about hidden states. The dtype is the weights'."""
 _drawing = threading.Lock()
 
 
@@ -118,10 +123,14 @@ def with_adapters(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
 def fingerprint(model: PreTrainedModel) -> str:
     """64 hex digits that tell whether two sides have the same base model.
 
-    SHA-256 over names, shapes and dtypes of all parameters and over at most ``SAMPLED`` numbers of each, evenly spread:
-    it finds another model, another training run or another dtype; it does not find a single changed weight.
+    SHA-256 over names, shapes and dtypes of all parameters and over at most ``SAMPLED`` numbers of each, evenly spread,
+    and over what the configuration says beside its defaults: it finds another model, another training run, another
+    dtype, or another way to compute; it does not find a single changed weight.
     """
     digest = hashlib.sha256()
+    told = model.config.get_text_config(decoder=True).to_diff_dict()
+    computed = {name: value for name, value in told.items() if name not in _NOT_COMPUTED and name[:1] != "_"}
+    digest.update(json.dumps(computed, sort_keys=True, default=str).encode())
     for name, parameter in model.named_parameters():
         digest.update(json.dumps([name, list(parameter.shape), str(parameter.dtype)]).encode())
         flat = parameter.detach().flatten()

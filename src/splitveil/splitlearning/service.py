@@ -1,5 +1,6 @@
 """The cloud's end of split sessions: a stream each, over one base model that they share."""
 
+import logging
 import math
 import threading
 from collections.abc import Callable, Iterator
@@ -20,9 +21,11 @@ from splitveil.errors import (
 )
 from splitveil.serving.conversation import Conversations
 from splitveil.serving.gate import Admitted, Doorkeeper, declined, dismissed, full, identify, other_version
+from splitveil.serving.operations.logs import tell
 from splitveil.serving.operations.threshold import deadline
 from splitveil.serving.operations.visits import Visit, Visits
 from splitveil.split import Crossing
+from splitveil.split.folders import check_writable
 from splitveil.splitlearning.agreement import folder_name, received_plan, received_shape
 from splitveil.splitlearning.carrying import crossing_of, fits, labels_of, packed, scattered, unpacked
 from splitveil.splitlearning.checks import DEFAULT_LIMITS, Limits
@@ -33,6 +36,8 @@ from splitveil.wire import split_codec as codec
 from splitveil.wire.parsing import MAX_HELLO
 from splitveil.wire.split_codec import Kind, Request
 from splitveil.wire.tensors import Packed
+
+log = logging.getLogger(__name__)
 
 SILENT_SECONDS = 900.0
 """A session that asks nothing for so long is ended: a device computes between two requests, but not that long."""
@@ -69,11 +74,24 @@ class Offer:
             raise ConfigurationError("a run of training needs a token")
 
     def check_room(self, folder: Path) -> None:
-        """Raises ``ConfigurationError`` where the run in ``folder`` would be one too many."""
-        if self.state is None or folder.is_dir() or not self.state.is_dir():
+        """Raises ``ConfigurationError`` where the run in ``folder`` would be one too many, or could not be kept: now,
+        and not after the steps until its first checkpoint.
+        """
+        if self.state is None:
             return
-        if sum(1 for _ in self.state.iterdir()) >= self.runs:
-            raise ConfigurationError(f"this server keeps {self.runs} runs, and begins no other until one is removed")
+        try:
+            if not folder.is_dir() and self.state.is_dir() and sum(1 for _ in self.state.iterdir()) >= self.runs:
+                raise ConfigurationError(
+                    f"this server keeps {self.runs} runs, and begins no other until one is removed"
+                )
+            # Not the run's own folder before there is something in it: each would count as a run.
+            check_writable(folder if folder.is_dir() else self.state)
+        except OSError as error:
+            # Whoever runs the server is told where; a device is not.
+            tell(log, logging.ERROR, "state_not_writable", run=folder.name, error=str(error))
+            raise ConfigurationError(
+                f"this server cannot keep checkpoints at the moment: {error.strerror or type(error).__name__}"
+            ) from None
 
 
 class Runs:
@@ -143,7 +161,7 @@ class SplitService(Conversations):
                     stack.enter_context(self._runs.only(hello.token, hang_up))
                 if hello.token:
                     stack.enter_context(self._place())
-                cloud = self._cloud(plan, hello.token)
+                cloud = self._cloud(plan, hello)
                 step = 0 if plan is None else cloud.resume(hello.steps)
             except (ConfigurationError, BaseModelError, RefusedError) as error:
                 raise declined(str(error)) from None
@@ -197,14 +215,16 @@ class SplitService(Conversations):
             offer.check_plan(plan, hello.token)
         return plan
 
-    def _cloud(self, plan: Plan | None, token: bytes) -> LocalCloud:
+    def _cloud(self, plan: Plan | None, hello: codec.Hello) -> LocalCloud:
         """Without a plan: the base's own blocks, or those that a run has trained. Raises as ``LocalCloud`` does."""
-        offer = self._offer
+        offer, token = self._offer, hello.token
         folder = None if offer.state is None or not token else offer.state / folder_name(token)
         if plan is not None and folder is not None:
             offer.check_room(folder)
         if plan is None and folder is not None:
-            return trained_cloud(offer.base, folder, cut=offer.cut, shape=offer.shape, limits=offer.limits)
+            return trained_cloud(
+                offer.base, folder, cut=offer.cut, shape=offer.shape, steps=hello.steps, limits=offer.limits
+            )
         return LocalCloud(offer.base, cut=offer.cut, shape=offer.shape, plan=plan, folder=folder, limits=offer.limits)
 
     def _welcome(self, step: int) -> codec.Welcome:

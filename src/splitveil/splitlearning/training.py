@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,7 @@ def train(
     folder: Path,
     *,
     start: int = 0,
+    run: str = "",
     watch: Watch | None = None,
 ) -> Outcome:
     """Trains on ``windows`` (count, length) until ``course.steps`` steps are made; ``folder`` keeps the device's side.
@@ -113,6 +114,7 @@ def train(
     ``start`` is the step that the cloud goes on from: what ``LocalCloud.resume(DeviceRun(folder).steps())`` returned,
     or what a server answered to those steps. Interrupted and resumed, the weights are those of a run that was not, bit
     for bit, where the defence draws no noise. Labels are the windows' next tokens; every window is text throughout.
+    ``run`` says which run of the cloud's it is: a folder is not gone on with beside another's.
 
     Raises ``NonFiniteError`` for a loss or gradient that is NaN or infinite, ``DataError`` for a checkpoint that is
     missing or of other data, settings or model, and what the cloud raises. Checkpoints stay as they were.
@@ -120,8 +122,7 @@ def train(
     if device.plan is None:
         raise ConfigurationError("this device was made without a plan: it does not train")
     _check_windows(windows, held_out, device)
-    run = _Run(device, cloud, windows, held_out, course, DeviceRun(folder), device.plan)
-    return run.go(start, watch)
+    return _Run(device, cloud, windows, held_out, course, DeviceRun(folder), device.plan, run).go(start, watch)
 
 
 @dataclass(repr=False)
@@ -133,6 +134,9 @@ class _Run:
     course: Course
     place: DeviceRun
     plan: Plan
+    name: str
+    saved: int = 0
+    """The step of the last checkpoint that both sides have."""
 
     def go(self, start: int, watch: Watch | None) -> Outcome:
         notes = self._restore(start)
@@ -142,7 +146,7 @@ class _Run:
             log.add({"step": 0, "held_out": before})
         if watch is not None:
             watch(Progress(start, self.course.steps, held_out=before))
-        loss, tokens, seconds = math.nan, 0, 0.0
+        loss, tokens, seconds, self.saved = math.nan, 0, 0.0, start
         for step in range(start, self.course.steps):
             began = time.perf_counter()
             rate = self.course.rate_of(step)
@@ -160,9 +164,8 @@ class _Run:
                 watch(Progress(done, self.course.steps, loss, after if looked else math.nan, rate, learnt / took))
             if last or done % self.course.save_every == 0:
                 self._save(done)
-        personal = self.place.folder / PERSONAL
-        # It is there unless no step was left to be made, or nothing is trained on this side.
-        written = personal if personal.is_dir() else self._save_personal()
+        # Where no step was left to be made: what is there may be that of an earlier step.
+        written = self._save_personal(self.saved)
         return Outcome(
             max(start, self.course.steps), start, loss, before, after, tokens, seconds, written, tuple(notes)
         )
@@ -196,12 +199,13 @@ class _Run:
     def _save(self, step: int) -> None:
         # The cloud first: a run is resumed from a step that both have, and the device's is the one that is told.
         self.cloud.save(step)
-        self.place.checkpoints.write(self._facts(step), self.device.own.state())
-        self._save_personal()
+        self.place.checkpoints.write(self._facts(step), self.device.own.state(), self.saved)
+        self._save_personal(step)
+        self.saved = step
 
-    def _save_personal(self) -> Path | None:
+    def _save_personal(self, step: int) -> Path | None:
         try:
-            return self.device.save_personal(self.place.folder / PERSONAL)
+            return self.device.save_personal(self.place.folder / PERSONAL, step)
         except OSError as error:
             reason = error.strerror or type(error).__name__
             raise DataError(f"the personal part cannot be written to {self.place.folder}: {reason}") from None
@@ -209,7 +213,7 @@ class _Run:
     def _facts(self, step: int) -> Facts:
         told = f"{self.course} {self.device.defences} {digest_windows(self.windows)}"
         data = hashlib.sha256(told.encode()).hexdigest()
-        return Facts(step, Side.DEVICE, self.plan, self.device.base, data)
+        return Facts(step, Side.DEVICE, self.plan, self.device.base, data, self.name)
 
     def _restore(self, start: int) -> list[str]:
         clear_unfinished(self.place.folder)
@@ -226,8 +230,9 @@ class _Run:
             notes.append(f"goes on from step {start}, not {steps[-1]}: the newest that both sides have whole")
         kept = self.place.checkpoints.read(start)
         told, expected = kept.facts, self._facts(start)
-        for name in ("side", "plan", "base", "data"):
-            if getattr(told, name) != getattr(expected, name):
+        for name in ("run", "side", "plan", "base", "data"):
+            # Runs of an earlier version do not say which they are.
+            if getattr(told, name) != getattr(expected, name) and (name != "run" or told.run):
                 raise DataError(
                     f"{self.place.folder} was trained with another {_SHOWN[name]}; give the one that it began with, or "
                     "begin a new run in another folder"
@@ -242,6 +247,7 @@ class _Run:
 
 
 _SHOWN = {
+    "run": "token, so the cloud's half that it names is another run's",
     "side": "side of the cut",
     "plan": "plan (cut, shape, what is trained, optimiser, adapters or seed)",
     "base": "base model",
@@ -250,27 +256,46 @@ _SHOWN = {
 
 
 class _Log:
-    """Lines of losses; those after the step that a run goes on from are taken off first."""
+    """Lines of losses; those after the step that a run goes on from are taken off first.
+
+    Raises ``DataError`` where the disk refuses.
+    """
 
     def __init__(self, path: Path, start: int) -> None:
         self._path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = []
-        if start and path.is_file():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                step = _step_of(line)
-                if step is not None and step <= start:
-                    kept.append(line)
         fresh = path.with_suffix(".new")
-        fresh.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        fresh.replace(path)
+        with self._writing():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            kept = []
+            if start and path.is_file():
+                for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+                    step = _step_of(line)
+                    if step is not None and step <= start:
+                        kept.append(line)
+            try:
+                fresh.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+                fresh.replace(path)
+            except OSError:
+                fresh.unlink(missing_ok=True)
+                raise
 
     def add(self, line: dict[str, Any]) -> None:
         shown = {key: None if isinstance(v, float) and math.isnan(v) else v for key, v in line.items()}
-        with self._path.open("a", encoding="utf-8") as file:
+        with self._writing(), self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(shown) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+            raise DataError(
+                f"losses cannot be written to {self._path}: {reason}; checkpoints are as they were, and the same "
+                "command goes on from the last one"
+            ) from None
 
 
 def _step_of(line: str) -> int | None:
