@@ -236,15 +236,28 @@ def test_a_full_disk_is_told_without_the_servers_paths(
     base: PreTrainedModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "splitveil")
-    (tmp_path / "state").write_text("a file where the folder should be")
+    run = folder_name(bytes.fromhex(TOKEN))
     with serving(base, tmp_path / "state") as server, closing(training(base, server)) as cloud:
-        with pytest.raises(RefusedError, match="cannot be written to this run in the cloud: Not a dir") as caught:
+        (tmp_path / "state" / run).write_text("a file where the folder should be")
+        with pytest.raises(RefusedError, match="cannot be written to this run in the cloud: File exists") as caught:
             cloud.save(0)
         assert_serves(server, base, U)
     assert "/" not in str(caught.value)
     (told,) = [r.fields for r in caplog.records if getattr(r, "event", "") == "checkpoint_not_written"]
-    assert told["run"] == folder_name(bytes.fromhex(TOKEN))
+    assert told["run"] == run
     assert TOKEN not in caplog.text
+
+
+def test_a_state_that_is_no_folder_is_told_before_anything_is_trained(
+    base: PreTrainedModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "state").write_text("a file where the folder should be")
+    with serving(base, tmp_path / "state") as server:
+        with pytest.raises(RefusedError, match="cannot keep checkpoints at the moment: File exists") as caught:
+            training(base, server)
+        assert_serves(server, base, U)
+    assert "/" not in str(caught.value)
+    assert [r for r in caplog.records if getattr(r, "event", "") == "state_not_writable"]
 
 
 def test_damage_is_told_without_the_servers_paths(base: PreTrainedModel, tmp_path: Path) -> None:

@@ -505,7 +505,7 @@ def _without(text: dict[str, Any], name: str) -> dict[str, Any]:
         lambda found: list(found),
         lambda found: found | {"more": "x" * 2**21},
         _first(value=math.inf),
-        _first(value=7, low=6, high=8),
+        _last(value=7, low=6, high=8),
         _first(low=0.9, high=0.1),
         _first(prompts="x"),
         _first(prompts=-3),

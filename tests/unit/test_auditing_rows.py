@@ -112,3 +112,17 @@ def test_an_append_is_one_line_for_each_object(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         lines.append([{"a": math.nan}])
     assert len(lines.read()) == 2
+
+
+def test_a_full_disk_ends_an_audit_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device", str(tmp_path / "out" / "rows.jsonl"))
+
+    how: dict[str, Any] = {"cuts": (0,), "attacks": ("fake",), "tokens": 12, "windows": 20}
+    how |= {"create_attack": create_attack, "create_defence": create_defence, "shadow": SHADOW}
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    monkeypatch.setattr(Lines, "append", full)
+    with pytest.raises(DataError, match=r"rows\.jsonl cannot be written: No space left on device; what was measured"):
+        audit(model, tokenizer, VICTIMS, out=tmp_path / "out", **how)
+    monkeypatch.undo()
+    assert audit(model, tokenizer, VICTIMS, out=tmp_path / "out", **how).valid

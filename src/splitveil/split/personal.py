@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -21,6 +21,7 @@ from splitveil.split.folders import whole_folder
 
 LARGEST_ALPHA = 1e9
 STEP = "splitveil_step"
+"""The file that says how many steps of training made the others."""
 CONFIG, ADAPTERS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "device.safetensors"
 # Fields of PEFT that would make another adapter of the same tensors, at the values where they do nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -53,33 +54,35 @@ def write_adapters(folder: Path, tensors: dict[str, Tensor], *, rank: int, alpha
     )
     with whole_folder(folder) as made:
         config.save_pretrained(str(made))
-        (made / ADAPTERS).write_bytes(save(named, {"format": "pt", STEP: str(step)}))
+        (made / ADAPTERS).write_bytes(save(named, {"format": "pt"}))
+        (made / STEP).write_text(f"{step}\n", encoding="ascii")
 
 
 def write_weights(folder: Path, tensors: dict[str, Tensor], *, step: int = 0) -> None:
     """Writes whole weights, named as in the model's state dict; whole or not at all. Raises ``OSError``."""
     named = {name: t.contiguous() for name, t in tensors.items()}
     with whole_folder(folder) as made:
-        (made / WEIGHTS).write_bytes(save(named, {"format": "pt", STEP: str(step)}))
+        (made / WEIGHTS).write_bytes(save(named, {"format": "pt"}))
+        (made / STEP).write_text(f"{step}\n", encoding="ascii")
 
 
 def step_of(folder: Path) -> int:
     """How many steps of training made what lies in ``folder``; 0 where it does not say.
 
-    Raises ``AdapterError`` for files that cannot be read.
+    Raises ``AdapterError`` for a file that cannot be read.
     """
-    for file in (folder / ADAPTERS, folder / WEIGHTS):
-        if not file.is_file():
-            continue
-        try:
-            with safe_open(file, "pt") as opened:
-                told = (opened.metadata() or {}).get(STEP, "0")
-        except OSError as error:
-            raise AdapterError(f"{file} cannot be read: {error.strerror or type(error).__name__}") from None
-        except SafetensorError as error:
-            raise AdapterError(f"{file} is damaged: {type(error).__name__}; it was written by `split train`") from None
-        return int(told) if told.isdecimal() and len(told) < 13 else 0
-    return 0
+    file = folder / STEP
+    try:
+        step = int(file.read_text(encoding="ascii"))
+    except FileNotFoundError:
+        return 0
+    except OSError as error:
+        raise AdapterError(f"{file} cannot be read: {error.strerror or type(error).__name__}") from None
+    except ValueError:
+        step = -1
+    if not 0 <= step < 2**40:
+        raise AdapterError(f"{file} is damaged: expected the number of steps that `split train` wrote")
+    return step
 
 
 def personalised(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:

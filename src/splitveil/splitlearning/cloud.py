@@ -58,8 +58,8 @@ class LocalCloud:
         self._expected = Expected(width_of(base), vocabulary_of(base), base.dtype, context_of(base), limits)
         self._cache, self._texts = self._middle.new_cache(), 0
         self._waiting: tuple[Tensor, Tensor] | None = None
-        self._kept = 0
-        """The step of the checkpoint that this session went on from, or wrote last."""
+        self._saved, self._before = 0, 0
+        """Steps of the checkpoint that this session went on from or wrote last, and of the one before it."""
 
     def __repr__(self) -> str:
         return f"LocalCloud({self._own!r})"
@@ -148,13 +148,14 @@ class LocalCloud:
             raise RefusedError("a checkpoint is made between steps; step or discard first")
         if step != self._own.steps:
             raise RefusedError(f"{self._own.steps} steps were made here, and {step} on the device: nothing was saved")
+        before = self._before if step == self._saved else self._saved
         try:
-            checkpoints.write(Facts(step, Side.CLOUD, plan, self._base), self._own.state(), self._kept)
+            checkpoints.write(Facts(step, Side.CLOUD, plan, self._base), self._own.state(), before)
         except DataError as error:
             # Whoever runs the cloud is told, too: the disk is theirs.
             tell(log, logging.ERROR, "checkpoint_not_written", run=checkpoints.folder.name, error=str(error))
             raise RefusedError(str(error)) from None
-        self._kept = step
+        self._saved, self._before = step, before
 
     def steps(self) -> tuple[int, ...]:
         """Steps of this run whose checkpoints are whole, in order."""
@@ -191,7 +192,7 @@ class LocalCloud:
             self._own.restore(kept.tensors, step)
         except ConfigurationError as error:
             raise RefusedError(str(error)) from None
-        self._waiting, self._kept = None, step
+        self._waiting, self._saved = None, step
         self.restart()
 
     def close(self) -> None:
