@@ -298,6 +298,34 @@ def test_units_that_learn_the_same_are_not_with_workers_together() -> None:
     assert not waiting.waiting
 
 
+def test_a_unit_that_meets_other_software_is_tried_elsewhere(
+    answered: tuple[Grid, Unit, bytes], tmp_path: Path
+) -> None:
+    """On a node that joined after the others were asked; three times, and its row then says why."""
+    import ray
+
+    class Elsewhere:
+        exceptions = ray.exceptions
+
+        @staticmethod
+        def get(_: object) -> Any:
+            raise ray.exceptions.RayTaskError("measure_unit", "", VersionError("a worker has other software"))
+
+    grid, unit, _ = answered
+    run = object.__new__(distributed._Run)
+    run.cluster = cluster_module.Cluster(Elsewhere, 1, {})
+    run.grid, run.store, run.tries, run.waiting = grid, Store(tmp_path), {}, deque()
+    kept = []
+    for _ in range(distributed.TRIES):
+        run.pending = {"answer": unit}
+        kept.append(run.collect("answer"))
+    assert kept == [False] * (distributed.TRIES - 1) + [True]
+    assert list(run.waiting) == [unit] * (distributed.TRIES - 1)
+    (row,) = run.store.rows()
+    assert row.error is not None
+    assert row.error.endswith("last with VersionError")
+
+
 def test_a_killed_worker_loses_no_row(connected: str, marks: Path, tmp_path: Path) -> None:
     (marks / "wait").touch()
     killed: list[int] = []

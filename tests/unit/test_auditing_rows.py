@@ -3,9 +3,12 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
+from auditing_support import SHADOW, VICTIMS, create_attack, create_defence, tiny_model, tiny_tokenizer
 
+from splitveil.auditing.audit import audit
 from splitveil.auditing.metrics import METRICS
 from splitveil.auditing.rows import Lines, Row, Store
 from splitveil.errors import ConfigurationError, DataError
