@@ -36,7 +36,7 @@ from splitveil.serving import stream
 from splitveil.serving.server import Server
 from splitveil.serving.tls import ClientTLS, ServerTLS
 from splitveil.split import Crossing
-from splitveil.splitlearning import service
+from splitveil.splitlearning import carrying, service
 from splitveil.splitlearning.agreement import folder_name, new_token, sent_plan
 from splitveil.splitlearning.carrying import packed, request_of
 from splitveil.splitlearning.cloud import LocalCloud
@@ -368,6 +368,31 @@ def test_padding_and_generation_are_the_same(base: PreTrainedModel, server: Spli
         assert remote.traffic.sent > 0
     assert torch.equal(found[0][0], found[1][0])
     assert found[0][1] == found[1][1]
+
+
+def test_a_prompt_larger_than_a_message_goes_piece_by_piece(
+    base: PreTrainedModel, server: SplitServer, shape: Shape, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[0, :5] = 0  # the first piece reaches to where every text has begun
+    tokens = WINDOWS.flatten()[:24].view(2, 12)
+    device, local = Device(base, cut=CUT, shape=shape), LocalCloud(base, cut=CUT, shape=shape)
+    with closing(RemoteCloud(base, server.address, cut=CUT, shape=shape)) as remote:
+        expected = device.next_logits(local, tokens, mask, device.new_cache())
+        whole = device.next_logits(remote, tokens, mask, device.new_cache())
+        asked = remote.traffic.queries
+        monkeypatch.setattr(carrying, "MAX_MESSAGE", codec.OVERHEAD + 4 * 2 * WIDTH * 6)
+        remote.restart()
+        pieces = device.next_logits(remote, tokens, mask, device.new_cache())
+        assert remote.traffic.queries == asked + 1 + 2
+        monkeypatch.setattr(carrying, "MAX_MESSAGE", codec.OVERHEAD + 4 * 2 * VOCABULARY)
+        remote.restart()
+        with clear_error(ConfigurationError, match="larger than a message; use a smaller batch"):
+            device.next_logits(remote, tokens, mask, device.new_cache())
+        remote.restart()
+        monkeypatch.undo()
+    assert torch.equal(whole, expected)
+    torch.testing.assert_close(pieces, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_two_devices_train_at_once_as_if_alone(base: PreTrainedModel, tmp_path: Path) -> None:

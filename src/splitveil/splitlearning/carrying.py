@@ -3,6 +3,8 @@
 Nothing is lost by that: no position with text attends to one without.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -83,3 +85,16 @@ def labels_of(request: Request) -> Tensor | None:
 def fits(rows: int, width: int) -> bool:
     """Whether so many float32 rows, of whatever encoding, fit in one message."""
     return 4 * rows * width <= MAX_MESSAGE - codec.OVERHEAD
+
+
+def pieces(crossing: Crossing) -> Iterator[Crossing]:
+    """The same positions in as few crossings as fit into a message each; every text has begun in the first of them."""
+    texts, positions, width = crossing.hidden.shape
+    earlier = crossing.mask.shape[1] - positions
+    begun = int(crossing.mask.bool().long().argmax(1).max()) + 1 - earlier
+    most = max(1, (MAX_MESSAGE - codec.OVERHEAD) // (4 * texts * width))
+    first = 0
+    while first < positions:
+        last = min(positions, max(first + most, begun))
+        yield Crossing(crossing.hidden[:, first:last], crossing.mask[:, : earlier + last])
+        first = last

@@ -14,7 +14,7 @@ from splitveil.serving.stream import Stream, Traffic
 from splitveil.serving.tls import ClientCredentials, ClientTLS
 from splitveil.split import Crossing
 from splitveil.splitlearning.agreement import sent_plan, shape_number, token_bytes
-from splitveil.splitlearning.carrying import fits, packed, request_of, scattered, unpacked
+from splitveil.splitlearning.carrying import fits, packed, pieces, request_of, scattered, unpacked
 from splitveil.splitlearning.halves import fingerprint, vocabulary_of, width_of
 from splitveil.splitlearning.interface import Plan, Shape
 from splitveil.wire import split_codec as codec
@@ -98,11 +98,15 @@ class RemoteCloud:
     # -- generation and evaluation -----------------------------------------------------------------------------------
 
     def extend(self, crossing: Crossing) -> Tensor:
-        """As ``interface.Cloud``: logits (batch, vocabulary) or hidden states (batch, width) of the last position."""
+        """As ``interface.Cloud``: logits (batch, vocabulary) or hidden states (batch, width) of the last position.
+
+        A prompt that is larger than a message goes piece by piece: the cloud keeps what it has seen.
+        """
         batch = crossing.hidden.shape[0]
         width = self.welcome.vocabulary if self._shape is Shape.STRAIGHT else self._width
-        result = self._call(crossing, Kind.EXTEND, replied=batch * width)
-        return self._rows(result, batch, width)
+        for piece in pieces(crossing):
+            result = self._rows(self._call(piece, Kind.EXTEND, replied=batch * width), batch, width)
+        return result
 
     def restart(self) -> None:
         """Empties the session's cache."""
