@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from splitveil.defences.permute import Permutation
 from splitveil.errors import ConfigurationError, DataError, NonFiniteError, ProtocolError, RefusedError
-from splitveil.split.folders import check_writable, clear_unfinished, whole_folder
+from splitveil.split.folders import check_writable, clear_unfinished, held, whole_folder
 from splitveil.split.personal import step_of
 from splitveil.splitlearning import run as run_module
 from splitveil.splitlearning.checkpoint import Checkpoints
@@ -313,6 +313,15 @@ def test_a_refused_beginning_may_be_put_right(base: PreTrainedModel, server: Spl
     assert trained(base, server, tmp_path / "mine").step == 4
     with pytest.raises(ConfigurationError, match="a run of another plan"):
         trained(base, server, tmp_path / "mine", replace(PLAN, cut=2))
+
+
+def test_a_folder_in_which_another_program_trains(base: PreTrainedModel, server: SplitServer, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    with held(tmp_path / "mine") as ours:
+        assert ours
+        with pytest.raises(ConfigurationError, match="another `split train` is writing to"):
+            trained(base, server, tmp_path / "mine")
+    assert trained(base, server, tmp_path / "mine").step == 4
 
 
 def test_checkpoints_without_their_run_are_left_alone(

@@ -25,7 +25,7 @@ from splitveil.defences import catalogue as defence_catalogue
 from splitveil.errors import ConfigurationError, DataError
 from splitveil.split import cut
 
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ENOLCK}
 """What a disk refuses with."""
 
 

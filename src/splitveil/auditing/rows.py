@@ -1,6 +1,5 @@
 """Rows on disk: one JSON object a line, appended once per attack, and whole again after any interruption."""
 
-import fcntl
 import json
 import math
 import os
@@ -12,6 +11,7 @@ from typing import Any
 
 from splitveil.auditing.metrics import METRICS
 from splitveil.errors import ConfigurationError, DataError
+from splitveil.split.folders import held
 
 INFORMATION = "information:"
 """Begins the name that rows of the information profile have in place of an attack's."""
@@ -123,11 +123,9 @@ class Store:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Holds the folder against other runs. Raises ``ConfigurationError`` where one has it."""
-        with (self.folder / ".lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise ConfigurationError(f"another audit is writing to {self.folder}; wait for it") from None
+        with held(self.folder) as ours:
+            if not ours:
+                raise ConfigurationError(f"another audit is writing to {self.folder}; wait for it")
             yield
 
     def rows(self) -> list[Row]:

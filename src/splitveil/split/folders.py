@@ -1,5 +1,6 @@
 """Folders that appear on the disk whole or not at all."""
 
+import fcntl
 import os
 import re
 import secrets
@@ -55,6 +56,18 @@ def clear_unfinished(folder: Path) -> None:
             found.rename(folder / name[1])
         else:
             shutil.rmtree(found, ignore_errors=True)
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[bool]:
+    """Holds ``folder`` against other programs that do the same; false where one of them has it. Raises ``OSError``."""
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 def check_writable(folder: Path) -> None:

@@ -5,7 +5,7 @@ import dataclasses
 import json
 import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from splitveil.defences.regularise import create_regulariser
 from splitveil.errors import ConfigurationError, DataError
 from splitveil.serving.stream import Traffic
 from splitveil.serving.tls import ClientTLS
-from splitveil.split.folders import write_whole
+from splitveil.split.folders import held, write_whole
 from splitveil.split.personal import personalised, step_of
 from splitveil.splitlearning.agreement import folder_name, new_token, token_bytes
 from splitveil.splitlearning.connection import RemoteCloud
@@ -99,24 +99,42 @@ def train_remotely(
             raise ConfigurationError(f"epochs is a positive number, got {epochs}")
         steps = math.ceil(epochs * len(windows) / (course.batch * course.accumulation))
         course = dataclasses.replace(course, steps=steps)
-    token = _opened(folder, plan, defence, key)
-    steps_here = DeviceRun(folder).steps()
-    cloud = RemoteCloud(
-        base,
-        server.address,
-        cut=plan.cut,
-        shape=plan.shape,
-        plan=plan,
-        token=token,
-        steps=steps_here,
-        api_key=server.api_key,
-        tls=server.tls,
-        allow_plaintext=server.allow_plaintext,
-    )
-    name = folder_name(token_bytes(token))
-    with contextlib.closing(cloud):
-        outcome = train(device, cloud, windows, looked_at, course, folder, start=cloud.start, run=name, watch=watch)
+    with _only(folder):
+        token = _opened(folder, plan, defence, key)
+        steps_here = DeviceRun(folder).steps()
+        cloud = RemoteCloud(
+            base,
+            server.address,
+            cut=plan.cut,
+            shape=plan.shape,
+            plan=plan,
+            token=token,
+            steps=steps_here,
+            api_key=server.api_key,
+            tls=server.tls,
+            allow_plaintext=server.allow_plaintext,
+        )
+        name = folder_name(token_bytes(token))
+        with contextlib.closing(cloud):
+            outcome = train(device, cloud, windows, looked_at, course, folder, start=cloud.start, run=name, watch=watch)
     return outcome, cloud.traffic
+
+
+@contextlib.contextmanager
+def _only(folder: Path) -> Iterator[None]:
+    """The folder of a run, made where there is none, held against other programs that train in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = contextlib.ExitStack()
+        ours = lock.enter_context(held(folder))
+    except OSError as error:
+        raise ConfigurationError(f"{folder} cannot be written: {error.strerror or type(error).__name__}") from None
+    with lock:
+        if not ours:
+            raise ConfigurationError(
+                f"another `split train` is writing to {folder}; wait for it, or give another --out"
+            )
+        yield
 
 
 def open_for_use(
@@ -213,7 +231,6 @@ def _opened(folder: Path, plan: Plan, defence: str, key: bytes | None) -> str:
             "a copy, or give another --out"
         )
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         token = new_token()
         # The token first, and what a defence keeps secret: a run without them cannot be gone on with.
         write_whole(folder / TOKEN, token, mode=0o600)

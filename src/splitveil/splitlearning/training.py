@@ -251,7 +251,8 @@ _SHOWN = {
     "side": "side of the cut",
     "plan": "plan (cut, shape, what is trained, optimiser, adapters or seed)",
     "base": "base model",
-    "data": "text, window length, order, batch size, learning rate, defence or regulariser",
+    "data": "text, window length, order, batch size, learning rate, schedule (of a cosine the steps, too), defence or "
+    "regulariser",
 }
 
 
