@@ -1,8 +1,8 @@
 """Runs every command and every Python block of the README, in order, as a newcomer would: ``python tests/readme.py``.
 
 The ``make`` commands are left to the caller. Bash blocks share one shell: a server started in one is there in the next.
-What servers keep is in a folder of the run's own: the rows of earlier runs stay spent elsewhere. What an earlier run left
-in the folders that the README names is removed first: a newcomer has none of it.
+What servers keep is in a folder of the run's own: the rows of earlier runs stay spent elsewhere. What an earlier run
+left in the folders that the README names is removed first: a newcomer has none of it.
 """
 
 import os
