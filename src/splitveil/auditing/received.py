@@ -18,11 +18,12 @@ from splitveil.auditing.shown import side_by_side
 from splitveil.errors import ProtocolError
 
 MAX_LEARNT = 2**32
+"""Bytes of what one attacker learnt."""
 MAX_ERROR = 10_000
 """Characters."""
 _FACT = re.compile(r"[a-z][a-z0-9_]{0,63}")
 _SLACK = 1e-9
-"""Of rounding, between a value and the ends of its interval."""
+"""Of rounding, at the ends of a range."""
 
 
 def checked(grid: Grid, unit: Unit, answer: Any) -> tuple[list[Row], list[dict[str, Any]], bytes | None]:
